@@ -1,0 +1,63 @@
+"""Registration of methods: built-in ones, those of ``text_llm``, and third-party ones through entry points."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from mmalign.config import Options
+from mmalign.core.registry import Registry
+
+ENTRY_POINT_GROUP = "mmalign.methods"
+BuilderT = TypeVar("BuilderT", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method."""
+
+    name: str
+    options: type[Options]
+    """Configuration class: every option with its docstring."""
+    build: Callable[..., Any]
+    """``(options, context) -> TrainingParts`` for ``kind: train``; a stage function otherwise."""
+    modality: str
+    kind: str
+    paper: str
+    """Authors, year, arXiv id."""
+    summary: str
+    rollout: bool = False
+    """Whether it samples from the policy while training."""
+
+
+def _populate() -> None:
+    import mmalign.methods as package
+
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if module.name != __name__:
+            importlib.import_module(module.name)
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        loaded = entry.load()
+        if callable(loaded):
+            loaded()
+
+
+METHODS: Registry[Method] = Registry("method", populate=_populate)
+
+
+def method(
+    name: str, *, options: type[Options], modality: str, paper: str, kind: str = "train", rollout: bool = False,
+    aliases: tuple[str, ...] = (),
+) -> Callable[[BuilderT], BuilderT]:
+    """Register a builder as a method; its docstring's first line is the summary shown by ``mmalign methods``."""
+
+    def register(build: BuilderT) -> BuilderT:
+        summary = (build.__doc__ or "").strip().split("\n")[0]
+        METHODS.register(name, aliases=aliases)(Method(name, options, build, modality, kind, paper, summary, rollout))
+        return build
+
+    return register

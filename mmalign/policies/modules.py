@@ -1,0 +1,205 @@
+"""What policies and references need to know about torch modules that others wrapped or adapted.
+
+A policy's module may be wrapped (DistributedDataParallel, ``torch.compile``, accelerate) and may carry adapters (a
+``PeftModel``, or adapter layers injected into a diffusers model). Everything here works on either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CHUNK = 1 << 22
+"""Elements hashed at a time, so that hashing never needs a second copy of a tensor."""
+
+
+def unwrap(module: nn.Module) -> Any:
+    """The network inside DistributedDataParallel, FSDP1 and ``torch.compile`` wrappers (adapters stay)."""
+    wrappers: tuple[type, ...] = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        wrappers += (FullyShardedDataParallel,)
+    while True:
+        if isinstance(module, wrappers):
+            module = module.module
+        elif hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+        else:
+            return module
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside the block; every submodule's own mode is restored after it."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def adapter_layers(module: nn.Module) -> list[nn.Module]:
+    """Submodules that hold an adapter next to (or instead of a copy of) the layer they adapt."""
+    return [part for part in module.modules() if isinstance(getattr(part, "_disable_adapters", None), bool)]
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether any adapter of the ``peft`` package is in ``module``, prompt learning included."""
+    return bool(adapter_layers(module)) or prompt_learning(module) is not None
+
+
+def prompt_learning(module: nn.Module) -> Any | None:
+    """The active config of a ``PeftModel`` that learns virtual tokens or prefixes, else None."""
+    inner = unwrap(module)
+    if not hasattr(inner, "peft_config") or not hasattr(inner, "active_peft_config"):
+        return None
+    config = inner.active_peft_config
+    return config if getattr(config, "is_prompt_learning", False) else None
+
+
+@contextmanager
+def adapters_disabled(module: nn.Module) -> Iterator[None]:
+    """The base model's function inside the block; nothing about trainability changes.
+
+    peft's own switch sets ``requires_grad`` when it is turned back on, which would unfreeze frozen adapters.
+    """
+    layers = [(layer, layer._disable_adapters) for layer in adapter_layers(module)]
+    with ExitStack() as stack:
+        if prompt_learning(module) is not None:
+            stack.enter_context(unwrap(module).disable_adapter())
+        for layer, _ in layers:
+            layer._disable_adapters = True  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for layer, before in layers:
+                layer._disable_adapters = before
+
+
+def adapter_parameter_names(module: nn.Module) -> set[str]:
+    """Names of the parameters that :func:`adapters_disabled` takes out of the computation."""
+    names = set()
+    for prefix, layer in module.named_modules():
+        if not isinstance(getattr(layer, "_disable_adapters", None), bool):
+            continue
+        base = "original_module" if hasattr(layer, "original_module") else "base_layer"
+        for name, _ in layer.named_parameters(remove_duplicate=False):
+            if not name.startswith(f"{base}."):
+                names.add(f"{prefix}.{name}" if prefix else name)
+    if prompt_learning(module) is not None:
+        names |= {name for name, _ in module.named_parameters() if "prompt_encoder" in name.split(".")}
+    return names
+
+
+@torch.no_grad()
+def adapters_are_identity(module: nn.Module) -> bool:
+    """Whether the adapted model computes what its base does (adapters at their zero initialisation).
+
+    False when that cannot be told: prompt learning, adapter types without an explicit weight difference.
+    """
+    if prompt_learning(module) is not None:
+        return False
+    return all(_is_identity(layer) for layer in adapter_layers(module))
+
+
+def _is_identity(layer: nn.Module) -> bool:
+    active = [name for name in _active(layer) if name not in getattr(layer, "merged_adapters", [])]
+    if getattr(layer, "merged_adapters", []):
+        return False
+    if hasattr(layer, "modules_to_save"):
+        original = dict(layer.original_module.named_parameters())  # type: ignore[union-attr, operator]
+        return all(
+            torch.equal(value, original[key])
+            for name in active if name in layer.modules_to_save  # type: ignore[operator]
+            for key, value in layer.modules_to_save[name].named_parameters()  # type: ignore[index]
+        )
+    for name in active:
+        tensors = [
+            part[name] for attribute in ("lora_B", "lora_embedding_B", "vera_lambda_b", "ia3_l")
+            if name in (part := getattr(layer, attribute, {}))
+        ]
+        values = [tensor.weight if isinstance(tensor, nn.Module) else tensor for tensor in tensors]
+        neutral = 1.0 if name in getattr(layer, "ia3_l", {}) else 0.0
+        if values:
+            magnitude = getattr(layer, "lora_magnitude_vector", {})
+            if any(bool((value != neutral).any()) for value in values) or _changed_magnitude(layer, magnitude, name):
+                return False
+        elif name in getattr(layer, "lora_magnitude_vector", {}):
+            return False
+        elif _holds(layer, name):
+            try:
+                difference = layer.get_delta_weight(name)  # type: ignore[operator]
+            except (AttributeError, NotImplementedError, TypeError, RuntimeError):
+                return False
+            if bool((difference != 0).any()):
+                return False
+    return True
+
+
+def _active(layer: nn.Module) -> list[str]:
+    active = getattr(layer, "active_adapters", None) or getattr(layer, "active_adapter", [])
+    return [active] if isinstance(active, str) else list(active)
+
+
+def _holds(layer: nn.Module, name: str) -> bool:
+    return any(name in getattr(layer, attribute, {}) for attribute in getattr(layer, "adapter_layer_names", ()))
+
+
+def _changed_magnitude(layer: nn.Module, magnitude: Any, name: str) -> bool:
+    """Whether DoRA's magnitude differs from the norm of the base weight's rows (its initial value)."""
+    if name not in magnitude:
+        return False
+    base: Tensor = layer.base_layer.weight  # type: ignore[union-attr, assignment]
+    norm = torch.linalg.vector_norm(base.float(), dim=1)
+    return not torch.allclose(magnitude[name].weight.float().flatten(), norm, rtol=1e-5)
+
+
+def module_identity(module: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and bytes of everything that enters the module's function.
+
+    Wrappers do not change it. Inside :func:`adapters_disabled` it is the hash of the base model, the same as that of
+    the base model without adapters. Streams: no second copy of a tensor is made.
+    """
+    inner = unwrap(module)
+    layers = adapter_layers(inner)
+    disabled = bool(layers) and all(layer._disable_adapters for layer in layers)
+    learning = prompt_learning(inner)
+    if learning is not None:
+        # peft disables prompt learning by pointing ``forward`` at the base model.
+        disabled = "forward" in vars(inner)
+    dropped = adapter_parameter_names(inner) if disabled else set()
+    named = {
+        _plain_name(name): tensor for name, tensor in inner.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor) and name not in dropped
+    }
+    digest = hashlib.sha256()
+    if not disabled:
+        digest.update(repr(sorted({name for layer in layers for name in _active(layer)})).encode() if layers else b"")
+    seen: dict[tuple[int, tuple[int, ...]], str] = {}
+    for name in sorted(named):
+        tensor = named[name].detach()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() and key in seen:  # tied weights are hashed once
+            digest.update(seen[key].encode())
+            continue
+        seen[key] = name
+        flat = tensor.reshape(-1)
+        for start in range(0, flat.numel(), _CHUNK):
+            digest.update(flat[start : start + _CHUNK].contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _plain_name(name: str) -> str:
+    """A tensor's name as it would be without peft around it."""
+    name = name.removeprefix("base_model.model.")
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")

@@ -1,0 +1,163 @@
+"""Rewards on text: formats, exact answers and lengths.
+
+Every function takes strings or message lists and runs unchanged in TRL's GRPOTrainer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+
+from mmalign.core.advantages import overlong_penalty
+from mmalign.errors import RewardError
+from mmalign.rewards.registry import reward
+
+Unit = Literal["tokens", "characters", "words"]
+
+
+def completion_text(completion: Any) -> str:
+    """The text of a completion: the string itself, or the text of the assistant's messages joined by newlines.
+
+    Content given as blocks contributes its text blocks. Raises RewardError for anything else.
+    """
+    if isinstance(completion, str):
+        return completion
+    if isinstance(completion, Mapping):
+        completion = [completion]
+    if not isinstance(completion, Sequence) or not all(isinstance(m, Mapping) for m in completion):
+        raise RewardError(f"completion {completion!r:.100} is neither text nor messages; this reward scores text")
+    return "\n".join(_content(m) for m in completion if m.get("role", "assistant") == "assistant")
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if content is None:  # a message that only calls tools
+        return ""
+    if isinstance(content, str):
+        return content
+    return "".join(str(block.get("text", "")) for block in content if isinstance(block, Mapping))
+
+
+@lru_cache(maxsize=64)
+def _compiled(pattern: str, flags: int) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, flags)
+    except re.error as error:
+        raise RewardError(f"pattern={pattern!r} is not a regular expression: {error}") from None
+
+
+@reward("regex_match", aliases=("regex",), range=(0, 1))
+def regex_match(
+    prompts: Sequence[Any], completions: Sequence[Any], *, pattern: str,
+    method: Literal["search", "match", "fullmatch"] = "search", dotall: bool = True, ignore_case: bool = False,
+    **columns: Any,
+) -> list[float]:
+    """1 where the completion matches ``pattern``, else 0.
+
+    ``method`` is the function of :mod:`re`: anywhere ("search"), from the start ("match") or as a whole
+    ("fullmatch"). ``dotall``: ``.`` also matches newlines.
+    """
+    if method not in ("search", "match", "fullmatch"):
+        raise RewardError(f"method={method!r} is unknown; allowed: search, match, fullmatch")
+    compiled = _compiled(pattern, (re.DOTALL if dotall else 0) | (re.IGNORECASE if ignore_case else 0))
+    return [float(getattr(compiled, method)(completion_text(c)) is not None) for c in completions]
+
+
+@reward("format_tags", range=(0, 1))
+def format_tags(
+    prompts: Sequence[Any], completions: Sequence[Any], *, tags: Sequence[str] = ("think", "answer"),
+    dotall: bool = True, **columns: Any,
+) -> list[float]:
+    """1 where the whole completion is ``<a>...</a>``, optional whitespace, ``<b>...</b>`` for the ``tags`` in order.
+
+    Text before the first or after the last tag gives 0. With ``dotall=False`` a tag's content must be one line.
+    The format reward of CLS-RL (Li et al. 2025, arXiv 2503.16188) and, before it, of DeepSeek-R1 (arXiv 2501.12948).
+    """
+    if not tags or not all(re.fullmatch(r"[\w-]+", tag) for tag in tags):
+        raise RewardError(f"tags={list(tags)!r} must be one or more plain names such as [think, answer]")
+    pattern = r"\s*".join(rf"<{tag}>.*?</{tag}>" for tag in tags)
+    compiled = _compiled(pattern, re.DOTALL if dotall else 0)
+    return [float(compiled.fullmatch(completion_text(c)) is not None) for c in completions]
+
+
+@reward("exact_match", aliases=("exact_equality",), range=(0, 1), needs=("answer",))
+def exact_match(
+    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str | None], *,
+    normalize: Literal["none", "strip", "casefold"] = "none", **columns: Any,
+) -> list[float | None]:
+    """1 where the completion equals ``answer`` character for character, else 0; None where the answer is None.
+
+    ``normalize``: "strip" ignores outer whitespace, "casefold" also upper and lower case. The default is strict, as
+    in No-Thinking-CLS-RL (Li et al. 2025, arXiv 2503.16188): any thought, tag, space or full stop scores 0.
+    """
+    fold = _NORMALIZERS.get(normalize)
+    if fold is None:
+        raise RewardError(f"normalize={normalize!r} is unknown; allowed: {', '.join(_NORMALIZERS)}")
+    return [
+        None if truth is None else float(fold(completion_text(c)) == fold(nonempty(truth)))
+        for c, truth in zip(completions, answer, strict=True)
+    ]
+
+
+_NORMALIZERS = {"none": str, "strip": str.strip, "casefold": lambda text: text.strip().casefold()}
+
+
+def nonempty(truth: Any) -> str:
+    """``truth`` as text; raises RewardError when it is empty, because an empty completion would then be right."""
+    text = str(truth)
+    if not text.strip():
+        raise RewardError("answer is empty, so an empty completion would be rewarded; drop the row or use null")
+    return text
+
+
+def lengths(completions: Sequence[Any], unit: Unit, completion_ids: Sequence[Sequence[int]] | None) -> list[int]:
+    """Length of every completion in ``unit``; raises RewardError when tokens are asked for but not known."""
+    if unit == "tokens":
+        if completion_ids is None:
+            raise RewardError("unit='tokens' needs completion_ids, which this rollout lacks; use characters or words")
+        return [len(ids) for ids in completion_ids]
+    if unit == "characters":
+        return [len(completion_text(c)) for c in completions]
+    if unit == "words":
+        return [len(completion_text(c).split()) for c in completions]
+    raise RewardError(f"unit={unit!r} is unknown; allowed: tokens, characters, words")
+
+
+@reward("within_length", range=(0, 1))
+def within_length(
+    prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]] | None = None, *,
+    max_length: int, min_length: int = 0, unit: Unit = "tokens", **columns: Any,
+) -> list[float]:
+    """1 where ``min_length <= length <= max_length``, else 0."""
+    if not 0 <= min_length <= max_length:
+        raise RewardError(f"min_length={min_length} and max_length={max_length} must satisfy 0 <= min <= max")
+    return [float(min_length <= n <= max_length) for n in lengths(completions, unit, completion_ids)]
+
+
+@reward("length_penalty", range=(-1, 0))
+def length_penalty(
+    prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]] | None = None, *,
+    max_length: int, unit: Unit = "tokens", **columns: Any,
+) -> list[float]:
+    """``-min(length / max_length, 1)``: 0 for an empty completion, -1 from ``max_length`` on."""
+    if max_length < 1:
+        raise RewardError(f"max_length={max_length} must be at least 1")
+    return [-min(n / max_length, 1.0) for n in lengths(completions, unit, completion_ids)]
+
+
+@reward("overlong", aliases=("soft_overlong",), range=(-1, 0))
+def overlong(
+    prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]] | None = None, *,
+    max_length: int, cache: int, unit: Unit = "tokens", **columns: Any,
+) -> list[float]:
+    """Soft overlong punishment of DAPO (Yu et al. 2025, arXiv 2503.14476, eq. 13).
+
+    0 up to ``max_length - cache``, then falling linearly to -1 at ``max_length``, and -1 beyond.
+    """
+    length = torch.tensor(lengths(completions, unit, completion_ids))
+    values: list[float] = overlong_penalty(length, max_length=max_length, cache=cache).tolist()
+    return values

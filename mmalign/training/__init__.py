@@ -1,0 +1,1 @@
+"""One loop for every method: objectives, experience, optimisers, checkpoints, tracking."""

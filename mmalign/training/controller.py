@@ -1,0 +1,89 @@
+"""Weights of loss terms that change during training, learned or scheduled."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.training.objective import TrainState
+
+
+class Controller(Protocol):
+    """Decides the weight of every term before the weighted backward of an update."""
+
+    match: Sequence[str]
+    """Shell patterns of the "module.parameter" names whose gradients :meth:`probe` asks for."""
+
+    def weights(self, state: TrainState) -> dict[str, float]:
+        """Term name -> weight; terms left out keep their own."""
+        ...
+
+    def probe(self, state: TrainState) -> tuple[str, ...]:
+        """Terms whose gradients it wants before this update; () normally."""
+        ...
+
+    def update(self, metrics: Mapping[str, float], gradients: Mapping[str, list[Tensor]], state: TrainState) -> None:
+        """Adjust from the last update's metrics and the probed gradients."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything it learned."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        ...
+
+
+class FixedWeights:
+    """Leave every term at its configured weight."""
+
+    match: Sequence[str] = ()
+
+    def weights(self, state: TrainState) -> dict[str, float]:
+        """No overrides."""
+        return {}
+
+    def probe(self, state: TrainState) -> tuple[str, ...]:
+        """No gradients wanted."""
+        return ()
+
+    def update(self, metrics: Mapping[str, float], gradients: Mapping[str, list[Tensor]], state: TrainState) -> None:
+        """Nothing to learn."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+class ScheduledWeights(FixedWeights):
+    """Term weights as functions of progress, e.g. ``{"nll": lambda p: 1 - p}``."""
+
+    def __init__(self, schedules: Mapping[str, Callable[[float], float]]) -> None:
+        self.schedules = dict(schedules)
+
+    def weights(self, state: TrainState) -> dict[str, float]:
+        """Each schedule at the current progress."""
+        return {name: schedule(state.progress) for name, schedule in self.schedules.items()}
+
+
+def probed_parameters(modules: Mapping[str, nn.Module], patterns: Sequence[str]) -> list[nn.Parameter]:
+    """Trainable parameters whose "module.parameter" name fits a pattern, in name order of the modules."""
+    return [
+        p for module, net in modules.items() for name, p in net.named_parameters()
+        if p.requires_grad and any(fnmatch.fnmatchcase(f"{module}.{name}", pattern) for pattern in patterns)
+    ]
+
+
+def accumulate_gradients(loss: Tensor, parameters: Sequence[nn.Parameter], into: list[Tensor] | None) -> list[Tensor]:
+    """Add d loss / d parameters to ``into`` through ``torch.autograd.grad``, so that ``.grad`` is never touched."""
+    gradients = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
+    dense = [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, gradients, strict=True)]
+    return dense if into is None else [a + b for a, b in zip(into, dense, strict=True)]

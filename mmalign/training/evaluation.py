@@ -1,0 +1,98 @@
+"""Sample held-out prompts with fixed seeds, reward the samples, keep them for people to look at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mmalign.config import Options
+from mmalign.core.seeding import generator
+from mmalign.data.loading import DataOptions
+from mmalign.metrics.statistics import mean_and_error
+from mmalign.policies.base import Policy, Rollout
+from mmalign.rewards.base import RewardOptions, RewardSet
+
+
+class EvaluationOptions(Options):
+    """Held-out evaluation while training."""
+
+    data: DataOptions
+    """Held-out prompts."""
+    rewards: list[RewardOptions] | None = None
+    """Rewards to measure; null takes those of training."""
+    every: int = 0
+    """Updates between evaluations; 0 evaluates before and after training only."""
+    completions_per_prompt: int = 1
+    """Samples of every prompt."""
+    greedy: bool = True
+    """Text: take the most likely tokens. Images always use fixed seeds."""
+
+
+@dataclass
+class Evaluation:
+    """Samples of held-out prompts and what each reward says of them."""
+
+    rollout: Rollout
+    metrics: dict[str, float]
+
+    def rewards(self) -> dict[str, list[float]]:
+        """Reward name -> one value per sample."""
+        assert self.rollout.rewards is not None
+        columns = self.rollout.rewards.T.tolist()
+        return dict(zip(self.rollout.reward_names, columns, strict=True))
+
+
+def evaluate_policy(
+    policy: Policy, examples: Sequence[Mapping[str, Any]], rewards: RewardSet, sampling: Any, *,
+    completions_per_prompt: int = 1, seed: int = 0,
+) -> Evaluation:
+    """Sample every example's prompt and score the samples; the same seed gives the same noise whatever the weights."""
+    with torch.no_grad():
+        rollout = policy.sample(
+            [example["prompt"] for example in examples], completions_per_prompt, sampling,
+            generator(seed, "evaluation", "sampling"),
+        )
+    rollout.columns |= {
+        name: [examples[i][name] for i in rollout.group.tolist()] for name in examples[0] if name != "prompt"
+    }
+    rollout = rewards.score(rollout)
+    metrics: dict[str, float] = {}
+    assert rollout.rewards is not None
+    for index, name in enumerate(rollout.reward_names):
+        values = rollout.rewards[:, index].double()
+        mean, error = mean_and_error(values[~values.isnan()].tolist())
+        metrics |= {f"eval/{name}": mean, f"eval/{name}/error": error}
+    return Evaluation(rollout, metrics)
+
+
+def save_samples(evaluation: Evaluation, folder: Path, *, limit: int | None = None) -> None:
+    """``samples.jsonl`` with one line per sample; images as PNG files beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rollout, rewards = evaluation.rollout, evaluation.rewards()
+    lines = []
+    for i in range(len(rollout) if limit is None else min(limit, len(rollout))):
+        sample = rollout.samples[i]
+        record: dict[str, Any] = {"prompt": rollout.prompts[i]}
+        if isinstance(sample, Image.Image):
+            name = f"{i:05d}.png"
+            sample.save(folder / name)
+            record["image"] = name
+        else:
+            record["completion"] = sample
+        record["rewards"] = {name: None if values[i] != values[i] else values[i] for name, values in rewards.items()}
+        record |= {name: values[i] for name, values in rollout.columns.items() if _is_json(values[i])}
+        lines.append(json.dumps(record, ensure_ascii=False))
+    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "evaluation.json").write_text(json.dumps({
+        "metrics": evaluation.metrics, "rewards": rewards, "samples": len(rollout),
+    }), encoding="utf-8")
+
+
+def _is_json(value: Any) -> bool:
+    return isinstance(value, (str, int, float, bool, type(None)))

@@ -1,0 +1,337 @@
+"""Where batches come from: a data set, rewarded rollouts of the current policy, or a selection among either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mmalign.config import Options
+from mmalign.core.selection import top_k_indices
+from mmalign.data.mixture import EpochSampler
+from mmalign.data.rows import Rows
+from mmalign.errors import ConfigError
+from mmalign.policies.base import Policy, Rollout, Scorer
+from mmalign.rewards.base import RewardSet
+from mmalign.training.objective import TrainState, UpdateBatch
+from mmalign.training.tracking import PhaseTimer
+
+
+class BatchOptions(Options):
+    """The four words for a batch (and two multipliers); world size and accumulation steps are derived from them."""
+
+    prompts_per_rollout: int | None = None
+    """Prompts sampled together, over all ranks (rollout methods)."""
+    completions_per_prompt: int | None = None
+    """Samples of each prompt: the group size G (rollout methods)."""
+    examples_per_update: int | None = None
+    """Rows of one optimiser update, over all ranks; rollout methods default to the whole rollout."""
+    examples_per_forward: int | None = None
+    """Rows in one forward and backward on one device; null puts the rank's whole update in one."""
+    passes_per_rollout: int = 1
+    """Times every rollout is trained on."""
+    candidates_per_example: int = 1
+    """Rows scored for each row that is trained on (online selection)."""
+    action_fraction: float = 1.0
+    """Share of the denoising steps of a sample that is trained on."""
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Resolved batch sizes: every number is known, positive, and divides what it must."""
+
+    examples_per_update: int
+    examples_per_forward: int
+    accumulation: int
+    world_size: int
+    prompts_per_rollout: int = 0
+    completions_per_prompt: int = 0
+    updates_per_rollout: int = 0
+
+    def table(self) -> list[tuple[str, int]]:
+        """Rows of the table printed at the start of a run."""
+        rows = [("examples per update", self.examples_per_update), ("examples per forward", self.examples_per_forward),
+                ("processes", self.world_size), ("forwards per update and process", self.accumulation)]
+        if self.prompts_per_rollout:
+            rows = [("prompts per rollout", self.prompts_per_rollout),
+                    ("completions per prompt", self.completions_per_prompt), *rows,
+                    ("updates per rollout", self.updates_per_rollout)]
+        return rows
+
+
+def resolve_batch(options: BatchOptions, *, world_size: int, rollout: bool) -> BatchShape:
+    """Check the batch sizes and derive the rest; raises ConfigError naming the two keys that do not divide."""
+    for name in type(options).model_fields:
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"batch.{name}: must be positive, not {value}")
+    if options.action_fraction > 1:
+        raise ConfigError(f"batch.action_fraction: must be in (0, 1], not {options.action_fraction}")
+    prompts = options.prompts_per_rollout or (8 if rollout else 0)
+    completions = options.completions_per_prompt or (8 if rollout else 0)
+    if not rollout and (options.prompts_per_rollout or options.completions_per_prompt):
+        raise ConfigError("batch.prompts_per_rollout and batch.completions_per_prompt belong to methods that sample; "
+                          "this one reads a data set: set batch.examples_per_update")
+    whole = prompts * completions
+    update = options.examples_per_update or (whole if rollout else 8)
+    if rollout:
+        _divides("batch.examples_per_update", update, "prompts_per_rollout x completions_per_prompt", whole)
+        _divides("batch.completions_per_prompt", completions, "batch.examples_per_update", update)
+        _divides("the number of processes", world_size, "batch.prompts_per_rollout", prompts)
+    _divides("the number of processes", world_size, "batch.examples_per_update", update)
+    rank_rows = update // world_size
+    forward = options.examples_per_forward or rank_rows
+    if forward < rank_rows:
+        _divides("batch.examples_per_forward", forward, "examples per update and process", rank_rows)
+    return BatchShape(
+        update, min(forward, rank_rows), max(1, rank_rows // min(forward, rank_rows)), world_size, prompts, completions,
+        whole // update * options.passes_per_rollout if rollout else 0,
+    )
+
+
+def _divides(name: str, part: int, whole_name: str, whole: int) -> None:
+    if whole % part:
+        lower, upper = whole - whole % part, whole - whole % part + part
+        raise ConfigError(f"{name} = {part} does not divide {whole_name} = {whole}; "
+                          f"use {lower or upper} or {upper} for the latter, or change {name}")
+
+
+class Experience(Protocol):
+    """An endless stream of updates for this rank, resumable at any update."""
+
+    def __iter__(self) -> Iterator[UpdateBatch]:
+        """Updates, one per optimiser step, for as long as the loop asks."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position, generators, statistics, and rows already made but not yet trained on."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        ...
+
+
+class DatasetExperience:
+    """Rows of a prepared data set in shuffled epochs; each rank takes its slice of every update."""
+
+    def __init__(
+        self, policy: Policy, examples: Sequence[Mapping[str, Any]], shape: BatchShape, *, seed: int, rank: int = 0,
+        shuffle: bool = True, part: str = "train",
+    ) -> None:
+        self.policy, self.examples, self.shape, self.rank, self.part = policy, examples, shape, rank, part
+        self.sampler = EpochSampler(len(examples), seed=seed, shuffle=shuffle)
+
+    def __iter__(self) -> Iterator[UpdateBatch]:
+        """Endless updates."""
+        while True:
+            indices = self.sampler.take(self.shape.examples_per_update)
+            mine = indices[self.rank :: self.shape.world_size]
+            rows = self.policy.encode_rows([self.examples[i] for i in mine])
+            yield UpdateBatch({self.part: rows}, {"epoch": self.sampler.epochs_done})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sampler position."""
+        return {"sampler": self.sampler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the sampler position."""
+        self.sampler.load_state_dict(state["sampler"])
+
+
+AdvantageFunction = Callable[[Rollout, Tensor], Tensor]
+"""``(rollout, total reward [B]) -> advantages [B]``."""
+
+
+@dataclass
+class RolloutSettings:
+    """What shapes a rollout experience beside its policy and rewards."""
+
+    sampling: Any
+    advantage: AdvantageFunction
+    passes: int = 1
+    action_fraction: float = 1.0
+    kl_in_reward: float = 0.0
+    mask_truncated: bool = False
+    drop_flat_groups: bool = False
+    columns: Sequence[str] = field(default_factory=tuple)
+
+
+class RolloutExperience:
+    """Sample, reward, compare within groups, and train: every rollout of the current policy gives some updates.
+
+    Order of one rollout: draw prompts, sample G completions each, score every reward, subtract the KL penalty when it
+    is placed in the reward, compute advantages, score the reference, then yield ``passes`` shuffled passes over it.
+    Rows made but not yet trained on are part of the state, so a resumed run never samples again.
+    """
+
+    def __init__(
+        self, policy: Policy, examples: Sequence[Mapping[str, Any]], rewards: RewardSet, shape: BatchShape,
+        settings: RolloutSettings, state: TrainState, *, timer: PhaseTimer | None = None,
+        reference: Scorer | None = None, observers: Sequence[Callable[[Rollout, int], None]] = (),
+        statistics: Any = None,
+    ) -> None:
+        self.policy, self.examples, self.rewards, self.shape, self.settings = policy, examples, rewards, shape, settings
+        self.state, self.timer, self.reference = state, timer or PhaseTimer(), reference
+        self.observers, self.statistics = list(observers), statistics
+        self.sampler = EpochSampler(len(examples), seed=state.seed, shuffle=True)
+        self.pending: list[Rows] = []
+        self.metrics: dict[str, float] = {}
+
+    def __iter__(self) -> Iterator[UpdateBatch]:
+        """Endless updates."""
+        while True:
+            if not self.pending:
+                self.pending, self.metrics = self._rollout()
+            rows = self.pending.pop(0)
+            yield UpdateBatch({"train": rows}, dict(self.metrics))
+
+    def _rollout(self) -> tuple[list[Rows], dict[str, float]]:
+        state, shape = self.state, self.shape
+        chosen = self.sampler.take(shape.prompts_per_rollout)[state.rank :: shape.world_size]
+        examples = [self.examples[i] for i in chosen]
+        with self.timer.phase("rollout"):
+            rollout = self.policy.sample(
+                [example["prompt"] for example in examples], shape.completions_per_prompt, self.settings.sampling,
+                state.generator("sampling"),
+            )
+        rollout.weight_version = state.step
+        at = rollout.group.tolist()
+        rollout.columns |= {
+            name: [examples[i][name] for i in at] for name in examples[0] if name != "prompt"
+        }
+        with self.timer.phase("reward"):
+            rollout = self.rewards.score(rollout, step=state.step)
+        total = self.rewards.total(rollout)
+        metrics = self.rewards.metrics(rollout) | rollout_metrics(rollout, total)
+        if self.reference is not None and self.settings.kl_in_reward:
+            total = total - self.settings.kl_in_reward * self._sequence_kl(rollout)
+        advantages = self.settings.advantage(rollout, total)
+        rollout.columns["advantages"] = advantages.tolist()
+        if self.settings.mask_truncated and rollout.finish_reason:
+            keep = torch.tensor([reason != "length" for reason in rollout.finish_reason])
+            rollout.mask = rollout.mask & keep[:, None]
+        for observer in self.observers:
+            observer(rollout, state.step)
+        return self._updates(rollout), metrics
+
+    def _sequence_kl(self, rollout: Rollout) -> Tensor:
+        assert self.reference is not None
+        with self.timer.phase("reference"):
+            reference = score_in_chunks(self.reference, rollout.rows, shape=self.shape, temperature=rollout.temperature)
+        gap = (rollout.old_logp - reference[:, : rollout.old_logp.shape[1]]) * rollout.mask
+        return gap.sum(1)
+
+    def _updates(self, rollout: Rollout) -> list[Rows]:
+        """Rows of every update of this rollout; whole groups stay together."""
+        groups = rollout.group.unique().tolist()
+        members = {g: (rollout.group == g).nonzero().flatten() for g in groups}
+        if self.settings.drop_flat_groups:
+            flat = {g for g in groups if not any(rollout.columns["advantages"][i] for i in members[g].tolist())}
+            groups = [g for g in groups if g not in flat] or groups[:1]
+        # The number of updates is fixed by the batch sizes, so that ranks that dropped groups stay in step.
+        count = max(1, self.shape.updates_per_rollout // self.settings.passes)
+        updates = []
+        for _ in range(self.settings.passes):
+            order = torch.randperm(len(groups), generator=self.state.generator("order"))
+            for part in order.tensor_split(count):
+                index = torch.cat([members[groups[i]] for i in (part if len(part) else order[:1]).tolist()])
+                rows = self.policy.unfold(
+                    rollout.take(index), fraction=self.settings.action_fraction,
+                    generator=self.state.generator("actions"),
+                )
+                if self.reference is not None and not self.settings.kl_in_reward and "ref_logp" not in rows:
+                    with self.timer.phase("reference"):
+                        scores = score_in_chunks(self.reference, rows, shape=self.shape, temperature=rollout.temperature)
+                    rows = rows.with_columns(ref_logp=scores)
+                updates.append(rows)
+        return updates
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sampler, rows not trained on yet, reward metrics and running statistics."""
+        return {
+            "sampler": self.sampler.state_dict(), "pending": [dict(rows) for rows in self.pending],
+            "metrics": self.metrics, "statistics": self.statistics.state_dict() if self.statistics else {},
+            "rewards": self.rewards.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.sampler.load_state_dict(state["sampler"])
+        self.pending = [Rows(columns) for columns in state["pending"]]
+        self.metrics = dict(state["metrics"])
+        self.rewards.load_state_dict(state["rewards"])
+        if self.statistics:
+            self.statistics.load_state_dict(state["statistics"])
+
+
+def score_in_chunks(scorer: Scorer, rows: Rows, *, shape: BatchShape, temperature: float = 1.0) -> Tensor:
+    """``[B, A]`` log-probs without gradient, at most ``examples_per_forward`` rows at a time."""
+    width = scorer.action_mask(rows).shape[1]
+    parts = []
+    for start in range(0, len(rows), shape.examples_per_forward):
+        chunk = rows.take(range(start, min(len(rows), start + shape.examples_per_forward)))
+        with torch.no_grad():
+            logp = scorer.log_probs(chunk, temperature=temperature).logp
+        parts.append(torch.nn.functional.pad(logp, (0, width - logp.shape[1])).cpu())
+    return torch.cat(parts)
+
+
+def rollout_metrics(rollout: Rollout, total: Tensor) -> dict[str, float]:
+    """Reward mean and spread, flat groups, lengths and cut-off completions of a rollout."""
+    spread = torch.stack([
+        total[rollout.group == g].double().amax() - total[rollout.group == g].double().amin() for g in rollout.group.unique()
+    ])
+    metrics = {
+        "reward": float(total.nanmean()), "reward_std": float(total[~total.isnan()].std()) if len(total) > 1 else 0.0,
+        "groups/zero_spread": float((spread <= 1e-8).double().mean()),
+        "actions/mean": float(rollout.mask.sum(1).double().mean()),
+    }
+    if rollout.finish_reason:
+        metrics["completions/cut_off"] = rollout.finish_reason.count("length") / len(rollout)
+    return metrics
+
+
+class SelectingExperience:
+    """Keep the best-scoring share of the rows of another experience's updates (online batch selection).
+
+    ``score(rows) -> [B]`` is evaluated with the current policy, higher is kept first; counts are taken after the
+    selection, while the inner experience's position counts every candidate.
+    """
+
+    def __init__(
+        self, inner: Experience, score: Callable[[Rows], Tensor], k: int, *,
+        buffer: Any = None, part: str = "train", mode: Literal["top", "random"] = "top",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.inner, self.score, self.k, self.buffer, self.part, self.mode = inner, score, k, buffer, part, mode
+        self.generator = generator
+
+    def __iter__(self) -> Iterator[UpdateBatch]:
+        """Selected updates."""
+        for update in self.inner:
+            rows = update.parts[self.part]
+            if self.mode == "random":
+                index = torch.randperm(len(rows), generator=self.generator)[: self.k]
+                scores = torch.zeros(len(rows))
+            else:
+                with torch.no_grad():
+                    scores = self.score(rows).detach().cpu()
+                index = top_k_indices(scores, min(self.k, len(rows)))
+            if self.buffer is not None:
+                self.buffer.add(rows.take(index))
+            metrics = update.metrics | {"selection/score": float(scores.mean()), "selection/kept": float(scores[index].mean())}
+            yield UpdateBatch({**update.parts, self.part: rows.take(index)}, metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner experience and the buffer."""
+        return {"inner": self.inner.state_dict(), "buffer": self.buffer.state_dict() if self.buffer is not None else {}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.inner.load_state_dict(state["inner"])
+        if self.buffer is not None:
+            self.buffer.load_state_dict(state["buffer"])
