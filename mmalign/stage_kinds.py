@@ -203,8 +203,9 @@ def select(options: SelectOptions, context: StageContext) -> StageResult:
     data = context.folder / "data"
     with atomic_folder(data) as folder:
         save_records(records, folder)
+    groups = {row.get("group", i) for i, row in enumerate(rows)}
     return StageResult({"data": str(data), "folder": str(context.folder)},
-                       {"rows": float(len(records)), "share": len(records) / len(set(row.get("group", i) for i, row in enumerate(rows)))})
+                       {"rows": float(len(records)), "share": len(records) / len(groups)})
 
 
 def _pair(chosen: Mapping[str, Any], rejected: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,7 +235,8 @@ def evaluate(options: EvaluateOptions, context: StageContext) -> StageResult:
     policy = load_policy(options.model)
     evaluation = evaluate_policy(
         policy, [rows[i] for i in range(len(rows))], rewards, sampling_for(policy, options.sampling),
-        completions_per_prompt=options.completions_per_prompt, seed=options.seed or 0,
+        completions_per_prompt=options.completions_per_prompt,
+        seed=context.run_seed if options.seed is None else options.seed,
     )
     target = context.folder / "samples"
     with atomic_folder(target) as folder:
@@ -254,7 +256,9 @@ def _read_evaluation(folder: str) -> dict[str, Any]:
                       "evaluate stage")
 
 
-def compare(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], context: StageContext) -> dict[str, float]:
+def compare(
+    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], context: StageContext,
+) -> dict[str, float]:
     """Print before, after and the paired difference of every reward; returns the differences."""
     table = Table("reward", "before", "after", "difference", "standard errors", title=context.name, title_justify="left")
     metrics: dict[str, float] = {}

@@ -44,6 +44,8 @@ class StageContext:
     quiet: bool = False
     previous: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Manifests of the stages before this one, by name."""
+    run_seed: int = 0
+    """Seed of the whole run, the same for all its stages (``seed`` is this stage's own)."""
 
     def say(self, text: str) -> None:
         """Print one line to the terminal."""
@@ -70,6 +72,10 @@ class Stage:
     outputs: tuple[str, ...]
     """Names that later stages may use as ``${stages.NAME.OUTPUT}``."""
     summary: str
+    reads_run: bool = False
+    """Reads the folders of all stages before it, so it runs again whenever one of them did."""
+    distributed: bool = False
+    """Runs on every process of a distributed launch; otherwise the first runs it and the others wait."""
 
 
 def _populate() -> None:
@@ -81,12 +87,14 @@ def _populate() -> None:
 STAGES: Registry[Stage] = Registry("stage kind", populate=_populate)
 
 
-def stage(kind: str, *, options: type[Options], outputs: tuple[str, ...]) -> Callable[[Any], Any]:
+def stage(
+    kind: str, *, options: type[Options], outputs: tuple[str, ...], reads_run: bool = False,
+) -> Callable[[Any], Any]:
     """Register a stage function ``(options, context) -> StageResult``."""
 
     def register(run: Callable[[Any, StageContext], StageResult]) -> Callable[[Any, StageContext], StageResult]:
         summary = (run.__doc__ or "").strip().split("\n")[0]
-        STAGES.register(kind)(Stage(kind, options, run, outputs, summary))
+        STAGES.register(kind)(Stage(kind, options, run, outputs, summary, reads_run))
         return run
 
     return register
@@ -133,7 +141,8 @@ def make_plan(tree: Mapping[str, Any], *, config_folder: Path, default_name: str
     run_dir = Path(str(tree.get("run_dir", f"runs/{default_name}"))).expanduser()
     single = "stages" not in tree
     if single:
-        entries = [{"name": default_name, **{k: v for k, v in tree.items() if k not in ("run_dir", "seed")}}]
+        label = re.sub(r"[^A-Za-z0-9_\-]", "_", default_name)  # a file may be called sft.v2.yaml
+        entries = [{"name": label, **{k: v for k, v in tree.items() if k not in ("run_dir", "seed")}}]
     else:
         unknown = [key for key in tree if key not in ("run_dir", "seed", "stages", "description")]
         if unknown:
@@ -161,7 +170,6 @@ def _plan_stage(entry: Any, index: int, plan: Plan) -> PlannedStage:
     if "method" not in entry and "kind" not in entry:
         raise ConfigError(f"{where + '.' if where else ''}method: required (or kind, one of {', '.join(STAGES)}); "
                           "`mmalign methods` lists the methods")
-    body = {k: v for k, v in entry.items() if k not in ("name", "method", "kind", "seed")}
     try:
         if "method" in entry:
             chosen = method_stage(str(entry["method"]))
@@ -169,9 +177,15 @@ def _plan_stage(entry: Any, index: int, plan: Plan) -> PlannedStage:
             chosen = STAGES.get(str(entry["kind"]))
     except ValueError as error:
         raise ConfigError(f"{where + '.' if where else ''}{'method' if 'method' in entry else 'kind'}: {error}") from None
+    own = ("name", "method", "kind") if "seed" in chosen.options.model_fields else ("name", "method", "kind", "seed")
+    body = {k: v for k, v in entry.items() if k not in own}
     _check_references(body, where, plan)
     parse(chosen.options, body, root=where)
-    seed = entry.get("seed", plan.seed if plan.single else derive_seed(plan.seed, name) % 2**31)
+    seed = entry.get("seed")
+    if seed is None:
+        seed = plan.seed if plan.single else derive_seed(plan.seed, name) % 2**31
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ConfigError(f"{where}.seed: {seed!r} is not an integer")
     return PlannedStage(name, chosen.kind, body, chosen, int(seed))
 
 
@@ -192,7 +206,7 @@ def method_stage(name: str) -> Stage:
         return StageResult(outputs, numbers, {"seconds": result.seconds, "steps": result.step,
                                               "resumed_from": result.resumed_from})
 
-    return Stage(method.name, method.options, run, ("model", "metrics", "folder"), method.summary)
+    return Stage(method.name, method.options, run, ("model", "metrics", "folder"), method.summary, distributed=True)
 
 
 def _check_references(node: Any, where: str, plan: Plan) -> None:
@@ -246,8 +260,10 @@ def run_plan(plan: Plan, *, quiet: bool = False, only: str | None = None) -> dic
         manifests: dict[str, dict[str, Any]] = {}
         values = {"run_dir": str(run_dir), "seed": str(plan.seed), "config_dir": str(plan.config_folder)}
         for planned in plan.stages:
-            if only is not None and planned.name == only:
-                (_stage_folder(plan, planned) / "manifest.json").unlink(missing_ok=True)
+            folder = _stage_folder(plan, planned)
+            if planned.name == only and is_main_process() and (folder / "manifest.json").is_file():
+                # Its checkpoints would count as finished work, so the whole folder goes, not only the manifest.
+                _move_aside(folder, plan, Console(stderr=True), reason="is run again")
             manifest = run_stage(plan, planned, values, manifests, quiet=quiet)
             manifests[planned.name] = manifest
             values |= {f"stages.{planned.name}.{key}": path for key, path in manifest["outputs"].items()}
@@ -270,7 +286,10 @@ def run_stage(
     options = parse(planned.stage.options, tree, root="" if plan.single else f"stages.{planned.name}")
     folder = _stage_folder(plan, planned)
     inputs = _input_hashes(tree, manifests, plan.config_folder)
-    fingerprint = _hash({"kind": planned.kind, "config": {k: v for k, v in planned.tree.items() if k not in COSMETIC_KEYS}, "seed": planned.seed, "inputs": inputs})
+    if planned.stage.reads_run:
+        inputs |= {f"stages.{name}": f"{m['fingerprint']} {m['finished']}" for name, m in manifests.items()}
+    kept = {k: v for k, v in planned.tree.items() if k not in COSMETIC_KEYS}
+    fingerprint = _hash({"kind": planned.kind, "config": kept, "seed": planned.seed, "inputs": inputs})
     manifest_path = folder / "manifest.json"
     console = Console(stderr=True)
     done = _read_json(manifest_path)
@@ -278,9 +297,12 @@ def run_stage(
         if not quiet:
             console.print(f"[bold]{planned.name}[/bold]: unchanged since {done['finished']}, skipped", highlight=False)
         return done
+    if not is_main_process() and not planned.stage.distributed:
+        return _wait_for(manifest_path, fingerprint)
+    manifest: dict[str, Any] = {}
     if is_main_process():
         if done and done["fingerprint"] != fingerprint:
-            _move_aside(folder, plan, console)
+            _move_aside(folder, plan, console, reason="was made by another configuration")
         folder.mkdir(parents=True, exist_ok=True)
         manifest = {
             "name": planned.name, "kind": planned.kind, "status": "running", "fingerprint": fingerprint,
@@ -288,19 +310,18 @@ def run_stage(
             "git": git_commit(), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         write_json(manifest_path, manifest)
-    else:
-        manifest = {"name": planned.name}
     if not plan.single and not quiet:
         console.rule(f"{planned.name} ({planned.kind})", align="left")
     started = time.perf_counter()
-    context = StageContext(planned.name, folder, planned.seed, plan.config_folder, fingerprint, quiet, manifests)
+    context = StageContext(planned.name, folder, planned.seed, plan.config_folder, fingerprint, quiet, manifests, plan.seed)
     result = planned.stage.run(options, context)
+    if not is_main_process():
+        return _wait_for(manifest_path, fingerprint)
     manifest |= {
         "status": "done", "outputs": result.outputs, "metrics": result.metrics, "details": result.details,
         "seconds": round(time.perf_counter() - started, 3), "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    if is_main_process():
-        write_json(manifest_path, manifest)
+    write_json(manifest_path, manifest)
     return manifest
 
 
@@ -308,12 +329,21 @@ def _outputs_exist(manifest: Mapping[str, Any]) -> bool:
     return all(Path(path).exists() for path in manifest["outputs"].values())
 
 
-def _move_aside(folder: Path, plan: Plan, console: Console) -> None:
-    """Keep what another configuration left in ``folder``: nothing already written is lost."""
+def _wait_for(manifest_path: Path, fingerprint: str) -> dict[str, Any]:
+    """The manifest of a stage that the first process runs; its failure ends this process through the launcher."""
+    while True:
+        found = _read_json(manifest_path)
+        if found and found["fingerprint"] == fingerprint and found["status"] == "done":
+            return found
+        time.sleep(0.2)
+
+
+def _move_aside(folder: Path, plan: Plan, console: Console, *, reason: str) -> None:
+    """Keep what ``folder`` holds under another name: nothing already written is lost."""
     number = 1
     while (target := folder.with_name(f"{folder.name}.previous-{number}")).exists():
         number += 1
-    console.print(f"{folder} was made by another configuration; moved to {target}", highlight=False, soft_wrap=True)
+    console.print(f"{folder} {reason}; what it held is now in {target}", highlight=False, soft_wrap=True)
     if plan.single:
         target.mkdir()
         for item in folder.iterdir():

@@ -45,8 +45,8 @@ class Recipe:
     seed: int = 0
     size: int = 32
     images: int = 8000
-    vae_steps: int = 700
-    vae_batch: int = 48
+    vae_steps: int = 1500
+    vae_batch: int = 16
     vae_lr: float = 2e-3
     kl_weight: float = 1e-4
     steps: int = 3000
@@ -99,7 +99,7 @@ def build_models(tokenizer: CLIPTokenizer, recipe: Recipe) -> tuple[AutoencoderK
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
+        block_out_channels=(16, 32, 32),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,

@@ -21,6 +21,7 @@ Three ways through, chosen by what needs a gradient:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -321,25 +322,146 @@ class _ScorePositions(torch.autograd.Function):
 
 def _forward(blocks: _Blocks, *, want_rows: bool) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
     """All scores; with ``want_rows`` also ``d logp / d h`` ``[N, H]``, and ``cap'`` at the target for a soft cap."""
-    names, count = blocks.options.names, blocks.hidden.shape[0]
-    zeros = functools.partial(torch.zeros, count, dtype=blocks.dtype, device=blocks.hidden.device)
-    largest = zeros().fill_(-torch.inf)
-    chosen, others, logit_sum, weighted, squares = zeros(), zeros(), zeros(), zeros(), zeros()
-    flatness = zeros() if blocks.options.soft_cap is not None else None
-    rows = zeros().new_zeros(blocks.hidden.shape) if want_rows else None
+    options = blocks.options
+    zeros = functools.partial(torch.zeros, blocks.hidden.shape[0], dtype=blocks.dtype, device=blocks.hidden.device)
+    largest = zeros().fill_(torch.finfo(blocks.dtype).min)
+    # Running sums under the running maximum m: e^(z-m) without and with the target, e^(z-m) (z-m), e^(2(z-m)), z.
+    others, total, weighted, squares, logit_sum = zeros(), zeros(), zeros(), zeros(), zeros()
+    chosen = zeros()
+    flatness = zeros() if options.soft_cap is not None else None
+    rows = torch.zeros_like(blocks.hidden, dtype=blocks.dtype) if want_rows else None
     for block in blocks:
         tile = block.logits
         chosen = torch.where(block.inside, block.at_target(tile), chosen)
-        if "mean_logp" in names:
+        if "mean_logp" in options.names:
             logit_sum += tile.sum(1)
-        previous, largest = largest, torch.maximum(largest, tile.amax(1))
-        shrink = (previous - largest).exp()
+        drop = largest
+        largest = torch.maximum(largest, tile.amax(1))
+        drop = drop - largest
+        shrink = drop.exp()
         shifted = tile.sub_(largest.unsqueeze(1))
-        powers = shifted.exp_() if block.spare is None else torch.exp(shifted, out=block.spare)
-        if block.spare is not None:
-            # sum of e^(z-m) (z-m) under the old maximum, moved to the new one; at the first block there is nothing.
-            moved = weighted + _all_powers(others, chosen_power, powers_seen) * 0 if False else weighted
-            weighted = moved
-        block_sum = powers.sum(1)
-        others = others * shrink + block_sum
-    return {}, rows, flatness
+        if block.spare is None:
+            powers = shifted.exp_()
+        else:
+            powers = torch.exp(shifted, out=block.spare)
+            weighted = shrink * (weighted + drop * total) + _dot_rows(shifted, powers)
+            total = shrink * total + powers.sum(1)
+        if "sum_p2" in options.names:
+            squares = shrink.square() * squares + _dot_rows(powers, powers)
+        # Without the target, 1 - p_y is a sum of small terms and keeps its relative precision when p_y is near 1.
+        block.put_target(powers, 0.0)
+        others = shrink * others + powers.sum(1)
+        if rows is None:
+            continue
+        if block.tanh is not None and flatness is not None:
+            slopes = block.tanh.square_().neg_().add_(1.0)
+            flatness = torch.where(block.inside, block.at_target(slopes), flatness)
+            powers.mul_(slopes)
+        rows.mul_(shrink.unsqueeze(1))
+        _add_product(rows, blocks.operand(powers), block.weight)
+    partition = others + (chosen - largest).exp()
+    log_partition = partition.log()
+    scores = {"logp": (chosen - largest) - log_partition, "lse": largest + log_partition}
+    if "entropy" in options.names:
+        scores["entropy"] = log_partition - weighted / partition
+    if "mean_logp" in options.names:
+        scores["mean_logp"] = logit_sum / blocks.weight.shape[0] - scores["lse"]
+    if "sum_p2" in options.names:
+        scores["sum_p2"] = squares / partition.square()
+    if "correct" in options.names:
+        scores["correct"] = (chosen >= largest).to(blocks.dtype)
+    if rows is not None:
+        on_target = others if flatness is None else others * flatness
+        rows = blocks.weight[blocks.targets].to(blocks.dtype).mul_(on_target.unsqueeze(1)).sub_(rows)
+        rows = rows.mul_((options.slope / partition).unsqueeze(1)).to(blocks.hidden.dtype)
+    return scores, rows, flatness
+
+
+def _backward(
+    blocks: _Blocks,
+    lse: Tensor,
+    entropy: Tensor | None,
+    upstream: dict[str, Tensor],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Recompute each block and accumulate the gradients of hidden states, weight and bias from ``d z``::
+
+    dz = g_logp (onehot - p) + g_lse p - g_entropy p (log p + H) + g_mean (1/V - p)
+
+    When only ``logp`` has a gradient, ``d z = -g_logp (p - onehot)``, whose factor is applied to ``[N, H]`` tensors
+    instead of to the block.
+    """
+    hidden, weight, slope = blocks.hidden, blocks.weight, blocks.options.slope
+    upstream = {name: grad.to(blocks.dtype) for name, grad in upstream.items()}
+    by_row = upstream.keys() == {"logp"} and blocks.options.soft_cap is None
+    factor = -upstream["logp"] * slope if by_row else torch.full_like(lse, slope)
+    left = (hidden * factor.unsqueeze(1)).to(hidden.dtype) if needs[1] else None
+    of_hidden = torch.zeros_like(hidden, dtype=blocks.dtype) if needs[0] else None
+    of_weight = torch.empty_like(weight) if needs[1] else None
+    of_bias = torch.empty(weight.shape[:1], dtype=blocks.dtype, device=weight.device) if needs[2] else None
+    for block in blocks:
+        log_p = block.logits.sub_(lse.unsqueeze(1))
+        if by_row:
+            dz = log_p.exp_()
+            block.add_target(dz, -1.0)
+        else:
+            dz = _logit_gradient(block, log_p, entropy, upstream, weight.shape[0])
+        operand = blocks.operand(dz)
+        if of_hidden is not None:
+            _add_product(of_hidden, operand, block.weight)
+        if of_weight is not None and left is not None:
+            target = of_weight[block.span]
+            if target.dtype == operand.dtype:
+                torch.mm(operand.t(), left, out=target)
+            else:
+                target.copy_(operand.t() @ left)
+        if of_bias is not None:
+            torch.mv(dz.t(), factor, out=of_bias[block.span])
+    if hidden.shape[0] == 0:
+        of_weight, of_bias = (None if g is None else g.zero_() for g in (of_weight, of_bias))
+    if of_hidden is not None:
+        of_hidden = of_hidden.mul_(factor.unsqueeze(1)).to(hidden.dtype)
+    if of_bias is not None and blocks.bias is not None:
+        of_bias = of_bias.to(blocks.bias.dtype)
+    return of_hidden, of_weight, of_bias
+
+
+def _logit_gradient(
+    block: _Block, log_p: Tensor, entropy: Tensor | None, upstream: dict[str, Tensor], vocabulary: int
+) -> Tensor:
+    """``d z`` of one block for any mix of upstream gradients, before the head's slope."""
+    grads = {name: grad.unsqueeze(1) for name, grad in upstream.items()}
+    on_p = grads.get("lse", 0.0) - grads.get("logp", 0.0) - grads.get("mean_logp", 0.0)
+    if entropy is not None and block.spare is not None:
+        p = torch.exp(log_p, out=block.spare)
+        dz = log_p.mul_(-grads["entropy"]).add_(on_p - grads["entropy"] * entropy.unsqueeze(1)).mul_(p)
+    else:
+        dz = log_p.exp_().mul_(on_p)
+    if "mean_logp" in grads:
+        dz.add_(grads["mean_logp"] / vocabulary)
+    if "logp" in upstream:
+        block.add_target(dz, upstream["logp"])
+    if block.tanh is not None:
+        dz.addcmul_(dz, block.tanh.square_(), value=-1.0)
+    return dz
+
+
+def _from_rows(
+    upstream: dict[str, Tensor],
+    weight: Tensor,
+    targets: Tensor,
+    flatness: Tensor | None,
+    rows: Tensor,
+    options: _Options,
+) -> Tensor:
+    """Gradient of the hidden states of a frozen head from the stored rows ``d logp / d h``."""
+    total = torch.zeros_like(rows, dtype=upstream[next(iter(upstream))].dtype)
+    if "logp" in upstream:
+        total = rows * upstream["logp"].unsqueeze(1)
+    if "lse" in upstream:
+        # lse = z_y - logp, and d z_y / d h is a row of the head.
+        chosen = weight[targets].to(total.dtype) * options.slope
+        if flatness is not None:
+            chosen = chosen * flatness.unsqueeze(1)
+        total = total + (chosen - rows) * upstream["lse"].unsqueeze(1)
+    return total

@@ -19,7 +19,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from os.path import commonprefix
 from typing import Any
 
 from mmalign.errors import DataError
@@ -237,7 +236,8 @@ def _same_messages(left: Sequence[Message], right: Sequence[Message]) -> bool:
 
 
 def _common_text(samples: Sequence[str]) -> int:
-    shared = len(commonprefix(list(samples)))
+    shared = next((position for position, letters in enumerate(zip(*samples, strict=False)) if len(set(letters)) > 1),
+                  min(map(len, samples)))
     if all(len(sample) == shared for sample in samples):
         return 0  # identical samples: no boundary to be found, and the row will be dropped
     while shared and not samples[0][shared - 1].isspace():

@@ -253,6 +253,8 @@ class TokenLayout:
     """``[N]`` row of the batch, in ``[0, B)``."""
     column: Tensor
     """``[N]`` index of the action in its row."""
+    last: Tensor
+    """``[B]`` flat index of the last token of each row."""
     width: int
     """Columns ``A`` of a scattered result (at least 1)."""
     needs_mask: bool
@@ -287,13 +289,14 @@ class TokenLayout:
         return self.scatter(torch.ones_like(self.row, dtype=torch.bool))
 
     def scatter(self, values: Tensor) -> Tensor:
-        """``[N] -> [B, A]``: values in their row and column, zero elsewhere; differentiable."""
-        empty = torch.zeros(self.batch, self.width, dtype=values.dtype, device=values.device)
+        """``[N, ...] -> [B, A, ...]``: values in their row and column, zero elsewhere; differentiable."""
+        empty = torch.zeros(self.batch, self.width, *values.shape[1:], dtype=values.dtype, device=values.device)
         return empty.index_put((self.row.to(values.device), self.column.to(values.device)), values)
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """This layout with its tensors on ``device``."""
-        names = ("input_ids", "position_ids", "segment_ids", "parent_ids", "source", "target", "row", "column")
+        names = ("input_ids", "position_ids", "segment_ids", "parent_ids", "source", "target", "row", "column",
+                 "last")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
@@ -450,6 +453,7 @@ def _assemble(kind: LayoutKind, scored: Sequence[ScoredRow], bins: list[list[_Tr
     if not needs_mask:
         positions += np.arange(length)
     sources: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)] * len(scored)
+    last = np.zeros(len(scored), dtype=np.int64)
 
     def write(at: int, start: int, tokens: NDArray[np.int64], first: int, segment: int, parent: int) -> int:
         stop = start + len(tokens)
@@ -470,7 +474,9 @@ def _assemble(kind: LayoutKind, scored: Sequence[ScoredRow], bins: list[list[_Tr
                 before = row.actions - 1  # the position that predicts each action, counted in its own row
                 offset = np.where(before < prefix, base, start - prefix)
                 sources[number] = at * length + offset + before
-                start = write(at, start, row.ids[prefix:], prefix, segment, root)
+                after = write(at, start, row.ids[prefix:], prefix, segment, root)
+                last[number] = at * length + (after - 1 if after > start else base + prefix - 1)
+                start = after
     counts = [len(row.actions) for row in scored]
     empty = np.zeros(0, dtype=np.int64)
     return TokenLayout(
@@ -479,6 +485,7 @@ def _assemble(kind: LayoutKind, scored: Sequence[ScoredRow], bins: list[list[_Tr
         target=torch.from_numpy(np.concatenate([empty, *(row.targets for row in scored)])),
         row=torch.from_numpy(np.repeat(np.arange(len(scored)), counts)),
         column=torch.from_numpy(np.concatenate([empty, *(np.arange(count) for count in counts)])),
+        last=torch.from_numpy(last),
         width=max(width, 1, *counts), needs_mask=needs_mask,
         longest=max((len(row.ids) for row in scored), default=0),
     )

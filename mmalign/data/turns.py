@@ -91,12 +91,16 @@ def assistant_spans(
         if message["role"] != "assistant":
             continue
         # The header of the turn belongs to the prompt: it is what the generation prompt adds.
-        opening = render(messages[:index], True) if index else ""
-        start = len(opening) if text.startswith(opening) else None
+        opening = render(messages[:index], True) if index else None
+        start = len(opening) if opening is not None and text.startswith(opening) else None
         closing = text if index == len(messages) - 1 else render(messages[: index + 1], False)
         if start is not None and text.startswith(closing) and len(closing) > start:
             turn = Turn(index, start, len(closing))
         else:
+            if start is None:
+                # Other messages may hold the same words: pass the ones since the last turn first.
+                for other in messages[turns[-1].message + 1 if turns else 0 : index]:
+                    cursor = _find_words(text, other["content"].strip(), cursor, end_of_turn, sure=False) or cursor
             turn = _search_turn(text, message["content"], index, max(cursor, start or 0), start, end_of_turn)
         inserted = _EMPTY_THOUGHT.match(text, turn.start, turn.stop)
         if inserted and "<think>" not in message["content"]:
@@ -109,16 +113,27 @@ def assistant_spans(
     return text, turns
 
 
+def _find_words(text: str, words: str, cursor: int, end_of_turn: str, *, sure: bool = True) -> int | None:
+    """Where ``words`` end: at an end of turn when there is one, else (if not ``sure``) at their first occurrence.
+
+    When the template has no end-of-turn text, words that occur only once are found for sure as well.
+    """
+    first = found = text.find(words, cursor) if words else -1
+    while found >= 0:
+        stop = found + len(words)
+        after = text[stop : stop + len(end_of_turn) + 16].lstrip()
+        if after.startswith(end_of_turn) if end_of_turn else text.find(words, found + 1) < 0:
+            return stop
+        found = text.find(words, found + 1)
+    return None if sure or first < 0 else first + len(words)
+
+
 def _search_turn(text: str, content: str, index: int, cursor: int, opened: int | None, end_of_turn: str) -> Turn:
     for words in dict.fromkeys((content.strip(), content.rpartition("</think>")[2].strip())):
-        found = text.find(words, cursor) if words else -1
-        while found >= 0:
-            stop = found + len(words)
-            closed = bool(end_of_turn) and text[stop:].lstrip().startswith(end_of_turn)
-            if closed or (not end_of_turn and text.find(words, found + 1) < 0):
-                # After a verified header everything up to the end token is the turn, inserted text included.
-                return Turn(index, found if opened is None else opened, stop, complete=False)
-            found = text.find(words, found + 1)
+        stop = _find_words(text, words, cursor, end_of_turn)
+        if stop is not None:
+            # After a verified header everything up to the end token is the turn, inserted text included.
+            return Turn(index, stop - len(words) if opened is None else opened, stop, complete=False)
     raise DataError(
         f"cannot tell which part of the conversation message {index} (assistant) is: the chat template does not keep "
         f"earlier text as it is, and the message is not found in the result. Use a template with "
@@ -155,7 +170,7 @@ def pre_query_prefix(
     """Everything the template writes before a user's words (default system message included).
 
     An aligned model that continues this text writes an instruction by itself (Magpie, Xu et al. 2024,
-    arXiv 2406.08464). Tokenise it with :func:`mmalign.data.chat.encode_rendered`, which adds no second BOS. Raises
+    arXiv 2406.08464). Tokenise it with :func:`mmalign.data.encoding.encode_rendered`, which adds no second BOS. Raises
     DataError when the template has no place for a user message.
     """
     words = "mmalign-probe"
@@ -194,7 +209,9 @@ class ChatTemplate:
 
         return render
 
-    def encode(self, messages: Sequence[Message], extra: Mapping[str, Any] | None = None) -> tuple[list[int], list[Turn]]:
+    def encode(
+        self, messages: Sequence[Message], extra: Mapping[str, Any] | None = None,
+    ) -> tuple[list[int], list[Turn]]:
         """Token ids of the whole conversation and the token span of each assistant turn.
 
         ``extra`` may hold ``tools`` and further template variables of this row. The conversation is tokenised once,
@@ -230,8 +247,9 @@ class ChatTemplate:
     def _marked(self, messages: Sequence[Message], extra: Mapping[str, Any]) -> tuple[list[int], list[Turn]] | None:
         """Ids and turns from the template's own marks, or None when they do not give one run per assistant message."""
         arguments = {**self.arguments, **{key: value for key, value in extra.items() if key != "tools"}}
-        render_chat(messages, self.tokenizer, tools=extra.get("tools"), template_arguments=arguments)  # our errors first
-        encoding = self.tokenizer.apply_chat_template(
+        # A template that refuses the messages gives our error here, and not its own below.
+        render_chat(messages, self.tokenizer, tools=extra.get("tools"), template_arguments=arguments)
+        encoding: Any = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages], tools=extra.get("tools"), tokenize=True, return_dict=True,
             return_assistant_tokens_mask=True, **arguments,
         )
@@ -248,7 +266,7 @@ class ChatTemplate:
         if turn.complete or (turn.stop > turn.start and self._closing(ids, turn)[0] < turn.stop):
             return turn
         stop = turn.stop
-        while stop < len(ids) and ids[stop] not in self.special_ids and not self.tokenizer.decode([ids[stop]]).strip():
+        while stop < len(ids) and ids[stop] not in self.special_ids and not str(self.tokenizer.decode([ids[stop]])).strip():
             stop += 1
         return replace(turn, stop=stop + 1) if stop < len(ids) and ids[stop] in self.end_ids else turn
 
@@ -256,7 +274,7 @@ class ChatTemplate:
         """``(first end token, first separator token)`` of a turn; both ``turn.stop`` when it has no end token."""
         separator = turn.stop
         while separator > turn.start and ids[separator - 1] not in self.special_ids:
-            if self.tokenizer.decode([ids[separator - 1]]).strip():
+            if str(self.tokenizer.decode([ids[separator - 1]])).strip():
                 return turn.stop, turn.stop
             separator -= 1
         end = separator
@@ -285,13 +303,18 @@ def trainable_messages(
 ) -> tuple[list[Message], frozenset[int]]:
     """Clean messages, and the indices of the assistant messages to learn from.
 
-    Messages before ``first`` are the prompt. A message's own ``train: false`` (or true) overrides; ``last_turn_only``
-    keeps the last assistant message alone.
+    Messages before ``first`` are the prompt. ``last_turn_only`` keeps the last assistant message alone; a
+    message's own ``train: true`` or ``false`` overrides both ways.
     """
     clean = check_messages(messages, column=column)
-    wanted = []
+    speakers = [index for index, message in enumerate(clean) if message["role"] == "assistant"]
+    wanted = set()
     for index, message in enumerate(clean):
         flag = message.pop("train", None)
-        if message["role"] == "assistant" and index >= first and flag is not False:
-            wanted.append(index)
-    return clean, frozenset(wanted[-1:] if last_turn_only else wanted)
+        if flag and message["role"] != "assistant":
+            raise DataError(f"column {column!r}, message {index}: train: true is for assistant messages, not for "
+                            f"role {message['role']!r}")
+        recent = not last_turn_only or index == speakers[-1] if speakers else False
+        if message["role"] == "assistant" and index >= first and (flag if flag is not None else recent):
+            wanted.add(index)
+    return clean, frozenset(wanted)

@@ -10,8 +10,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from mmalign.config import bind
+from mmalign.config import Component, bind
 from mmalign.core.advantages import ADVANTAGES, PromptStatistics
 from mmalign.core.registry import Registry
 from mmalign.data.chat import TextEncoding
@@ -28,7 +29,7 @@ from mmalign.training.checkpoint import atomic_folder, write_json
 from mmalign.training.controller import Controller
 from mmalign.training.ema import ExponentialAverage
 from mmalign.training.evaluation import EvaluationOptions, evaluate_policy, save_samples
-from mmalign.training.experience import BatchShape, Experience, resolve_batch
+from mmalign.training.experience import AdvantageFunction, BatchShape, Experience, resolve_batch
 from mmalign.training.loop import Hooks, Loop, LoopOptions, LoopResult, make_accelerator
 from mmalign.training.objective import LossTerm, Objective, TrainState
 from mmalign.training.options import TrainOptions
@@ -108,8 +109,19 @@ def describe(report: PreparationReport) -> str:
     return ", ".join(parts) + (f"\n  first row: {report.example}" if report.example else "")
 
 
+class LossOptions(Component):
+    """One entry of ``losses:``: a registered loss with its arguments."""
+
+    weight: float = 1.0
+    """Weight of this term."""
+    reduction: str | None = None
+    """Supervised terms: how token losses become one number; null takes token_mean."""
+    on: str | None = None
+    """Supervised terms: the sample of a row they read (chosen, gold, ...); null is the plain one, or chosen."""
+
+
 def loss_terms(
-    options: Sequence[Any], tables: Sequence[Registry[Any]], *, key: str = "losses", reduction: str = "token_mean",
+    options: Sequence[LossOptions], tables: Sequence[Registry[Any]], *, key: str = "losses", reduction: str = "token_mean",
 ) -> list[LossTerm]:
     """Check a ``losses:`` list against the loss tables; raises ConfigError naming the entry."""
     terms = []
@@ -132,17 +144,27 @@ def loss_terms(
     return terms
 
 
-def advantage_function(options: Any, *, key: str = "advantage") -> tuple[Callable[[Rollout, Any], Any], Any]:
+def advantage_function(options: Any, *, key: str = "advantage") -> tuple[AdvantageFunction, PromptStatistics | None]:
     """``(rollout, total rewards) -> advantages`` of a configuration node, and its statistics when it keeps any."""
+    statistics: PromptStatistics | None = None
     if options.name == "prompt_statistics":
         statistics = PromptStatistics(**bind(options, PromptStatistics, key=key))
-        return (lambda rollout, total: statistics.update([str(p) for p in rollout.prompts], total)), statistics
-    try:
-        function = ADVANTAGES.get(options.name)
-    except ValueError as error:
-        raise ConfigError(f"{key}.name: {error}") from None
-    arguments = bind(options, function, key=key)
-    return (lambda rollout, total: function(total, rollout.group, **arguments)), None
+    else:
+        try:
+            function = ADVANTAGES.get(options.name)
+        except ValueError as error:
+            raise ConfigError(f"{key}.name: {error}; or prompt_statistics") from None
+        arguments = bind(options, function, key=key)
+    limit = math.inf if options.clip is None else options.clip
+
+    def advantages(rollout: Rollout, total: Tensor) -> Tensor:
+        if statistics is not None:
+            values = statistics.update([str(prompt) for prompt in rollout.prompts], total)
+        else:
+            values = function(total, rollout.group, **arguments)
+        return values.clamp(-limit, limit)
+
+    return advantages, statistics
 
 
 def run_training(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmalign.config import Options
 from mmalign.core.logprobs import ActionScores
+from mmalign.data.columns import PreparationReport as PreparationReport
 from mmalign.data.rows import Rows
 
 
@@ -102,22 +103,6 @@ class DiffusionSampling(Options):
             raise ValueError(f"steps must be at least 1, not {self.steps}")
         if self.eta < 0 or self.noise_level < 0:
             raise ValueError("eta and noise_level cannot be negative")
-
-
-@dataclass
-class PreparationReport:
-    """What became of a data set before training."""
-
-    rows: int
-    """Rows given."""
-    kept: int
-    """Rows left."""
-    dropped: dict[str, int] = field(default_factory=dict)
-    """Reason -> number of rows dropped."""
-    truncated: int = 0
-    """Rows cut to the maximum length."""
-    example: str = ""
-    """One row as the model sees it, trained part marked."""
 
 
 @dataclass

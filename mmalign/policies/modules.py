@@ -52,17 +52,22 @@ def adapter_layers(module: nn.Module) -> list[nn.Module]:
     return [part for part in module.modules() if isinstance(getattr(part, "_disable_adapters", None), bool)]
 
 
+def is_peft_model(module: nn.Module) -> bool:
+    """Whether ``module`` is (or wraps) a ``peft.PeftModel``; injected adapters alone do not make one."""
+    inner = unwrap(module)
+    return hasattr(inner, "peft_config") and hasattr(inner, "get_base_model")
+
+
 def is_adapted(module: nn.Module) -> bool:
-    """Whether any adapter of the ``peft`` package is in ``module``, prompt learning included."""
-    return bool(adapter_layers(module)) or prompt_learning(module) is not None
+    """Whether any adapter of the ``peft`` package is in ``module``, injected or as a ``PeftModel``."""
+    return is_peft_model(module) or bool(adapter_layers(module))
 
 
 def prompt_learning(module: nn.Module) -> Any | None:
     """The active config of a ``PeftModel`` that learns virtual tokens or prefixes, else None."""
-    inner = unwrap(module)
-    if not hasattr(inner, "peft_config") or not hasattr(inner, "active_peft_config"):
+    if not is_peft_model(module):
         return None
-    config = inner.active_peft_config
+    config = unwrap(module).active_peft_config
     return config if getattr(config, "is_prompt_learning", False) else None
 
 
@@ -74,7 +79,7 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
     """
     layers = [(layer, layer._disable_adapters) for layer in adapter_layers(module)]
     with ExitStack() as stack:
-        if prompt_learning(module) is not None:
+        if is_peft_model(module) and not layers:
             stack.enter_context(unwrap(module).disable_adapter())
         for layer, _ in layers:
             layer._disable_adapters = True  # type: ignore[assignment]
@@ -95,8 +100,9 @@ def adapter_parameter_names(module: nn.Module) -> set[str]:
         for name, _ in layer.named_parameters(remove_duplicate=False):
             if not name.startswith(f"{base}."):
                 names.add(f"{prefix}.{name}" if prefix else name)
-    if prompt_learning(module) is not None:
-        names |= {name for name, _ in module.named_parameters() if "prompt_encoder" in name.split(".")}
+    if is_peft_model(module):
+        base = {id(parameter) for parameter in unwrap(module).get_base_model().parameters()}
+        names |= {name for name, parameter in module.named_parameters() if id(parameter) not in base}
     return names
 
 
@@ -106,13 +112,12 @@ def adapters_are_identity(module: nn.Module) -> bool:
 
     False when that cannot be told: prompt learning, adapter types without an explicit weight difference.
     """
-    if prompt_learning(module) is not None:
-        return False
-    return all(_is_identity(layer) for layer in adapter_layers(module))
+    layers = adapter_layers(module)
+    return bool(layers) and all(_is_identity(layer) for layer in layers)
 
 
 def _is_identity(layer: nn.Module) -> bool:
-    active = [name for name in _active(layer) if name not in getattr(layer, "merged_adapters", [])]
+    active = [name for name in active_adapters(layer) if name not in getattr(layer, "merged_adapters", [])]
     if getattr(layer, "merged_adapters", []):
         return False
     if hasattr(layer, "modules_to_save"):
@@ -145,7 +150,8 @@ def _is_identity(layer: nn.Module) -> bool:
     return True
 
 
-def _active(layer: nn.Module) -> list[str]:
+def active_adapters(layer: nn.Module) -> list[str]:
+    """Names of the adapters an adapted layer currently applies."""
     active = getattr(layer, "active_adapters", None) or getattr(layer, "active_adapter", [])
     return [active] if isinstance(active, str) else list(active)
 
@@ -171,19 +177,18 @@ def module_identity(module: nn.Module) -> str:
     """
     inner = unwrap(module)
     layers = adapter_layers(inner)
-    disabled = bool(layers) and all(layer._disable_adapters for layer in layers)
-    learning = prompt_learning(inner)
-    if learning is not None:
-        # peft disables prompt learning by pointing ``forward`` at the base model.
-        disabled = "forward" in vars(inner)
+    disabled = all(layer._disable_adapters for layer in layers) if layers else getattr(inner, "_adapters_disabled", False)
     dropped = adapter_parameter_names(inner) if disabled else set()
-    named = {
-        _plain_name(name): tensor for name, tensor in inner.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor) and name not in dropped
-    }
+    prefix = _base_prefix(inner)
+    named: dict[str, Tensor] = {}
+    for name, tensor in inner.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor) or name in dropped or (disabled and not name.startswith(prefix)):
+            continue
+        name = name.removeprefix(prefix).replace(".base_layer.", ".").replace(".original_module.", ".")
+        named[name] = tensor
     digest = hashlib.sha256()
-    if not disabled:
-        digest.update(repr(sorted({name for layer in layers for name in _active(layer)})).encode() if layers else b"")
+    if layers and not disabled:
+        digest.update(repr(sorted({name for layer in layers for name in active_adapters(layer)})).encode())
     seen: dict[tuple[int, tuple[int, ...]], str] = {}
     for name in sorted(named):
         tensor = named[name].detach()
@@ -199,7 +204,8 @@ def module_identity(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _plain_name(name: str) -> str:
-    """A tensor's name as it would be without peft around it."""
-    name = name.removeprefix("base_model.model.")
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+def _base_prefix(inner: Any) -> str:
+    """What peft puts in front of the base model's tensor names."""
+    if not is_peft_model(inner):
+        return ""
+    return "base_model." if inner.base_model is inner.get_base_model() else "base_model.model."

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,24 +32,14 @@ from mmalign.rewards.inputs import (
     run_inline,
     slice_keywords,
 )
-from mmalign.rewards.registry import (
-    REWARDS,
-    Reward,
-    RewardOptions,
-    Traits,
-    build,
-    is_async,
-    load_object,
-    reward,
-    traits,
-)
+from mmalign.rewards.registry import REWARDS, Reward, RewardOptions, Traits, build, is_async, load_object, reward, traits
 
 __all__ = [
-    "REWARDS", "BoundReward", "OnError", "Reward", "RewardInputs", "RewardOptions", "RewardSet", "TrainerState",
-    "Traits", "cache", "from_image_reward", "load_object", "reward", "traits",
+    "ON_ERROR", "REWARDS", "BoundReward", "Reward", "RewardInputs", "RewardOptions", "RewardSet", "TrainerState",
+    "Traits", "build_rewards", "cache", "from_image_reward", "load_object", "reward", "traits",
 ]
 
-OnError = Literal["stop", "drop", "lowest"]
+ON_ERROR = ("stop", "drop", "lowest")
 """What becomes of a sample whose reward failed: an error, no value (NaN), or the lowest value of the range."""
 
 _RANGE_SLACK = 1e-5
@@ -94,9 +84,9 @@ class BoundReward:
         self.is_async = is_async(function)
 
     @staticmethod
-    def from_options(options: RewardOptions, *, base_dir: Path | None = None, key: str = "rewards") -> BoundReward:
+    def from_options(options: RewardOptions, *, config_folder: Path | None = None, key: str = "rewards") -> BoundReward:
         """The reward of one configuration item; raises ConfigError naming ``key``."""
-        function, constants = build(options, base_dir=base_dir, key=key)
+        function, constants = build(options, config_folder=config_folder, key=key)
         if options.cache:
             function = cache(from_image_reward(function) if takes_images_first(function) else function)
         return BoundReward(
@@ -129,7 +119,7 @@ class BoundReward:
                 result = self.function(**arguments)
                 if inspect.isawaitable(result):
                     result = await result
-        except Exception as error:  # noqa: BLE001 - user code may raise anything; the sample is reported
+        except Exception as error:
             if len(indices) == 1:
                 outcome.failures[indices[0]] = error
                 return
@@ -211,19 +201,19 @@ class RewardSet:
         weights: one per reward; default: those of the options, 1 for plain callables.
         on_error: what becomes of a sample whose reward raised or gave NaN, infinity or a value out of range.
         dump_dir: folder for the samples that caused an error; None writes none (the message still shows it).
-        base_dir: folder of the configuration, where ``file.py:function`` is looked up first.
+        config_folder: folder of the configuration, where ``file.py:function`` is looked up first.
         key: configuration key, for messages.
     """
 
     def __init__(
-        self, rewards: Sequence[Any], weights: Sequence[float] | None = None, *, on_error: OnError = "stop",
-        dump_dir: Path | str | None = None, base_dir: Path | None = None, key: str = "rewards",
+        self, rewards: Sequence[Any], weights: Sequence[float] | None = None, *, on_error: str = "stop",
+        dump_dir: Path | str | None = None, config_folder: Path | None = None, key: str = "rewards",
     ) -> None:
-        if on_error not in ("stop", "drop", "lowest"):
+        if on_error not in ON_ERROR:
             raise ConfigError(f"on_error={on_error!r} is unknown; allowed: stop, drop, lowest")
         if not rewards:
             raise ConfigError(f"{key}: at least one reward is needed, for example [{{name: answer_match}}]")
-        self.rewards = [_bound(item, base_dir, f"{key}.{i}") for i, item in enumerate(rewards)]
+        self.rewards = [_bound(item, config_folder, f"{key}.{i}") for i, item in enumerate(rewards)]
         if weights is not None:
             if len(weights) != len(self.rewards):
                 raise ConfigError(f"{len(weights)} weights for {len(self.rewards)} rewards; give one per reward")
@@ -232,10 +222,9 @@ class RewardSet:
         if not any(bound.weight for bound in self.rewards):
             raise ConfigError(f"{key}: every weight is 0, so the total is always 0; give one reward a weight")
         self.names = _distinct([bound.label for bound in self.rewards])
-        self.on_error: OnError = on_error
+        self.on_error = on_error
         self.dump_dir = Path(dump_dir) if dump_dir is not None else None
-        self.metrics: dict[str, float] = {}
-        """Figures of the last :meth:`score`: ``rewards/<name>/{mean,std,none_fraction,failed,seconds}``, ``reward``."""
+        self._last: dict[str, float] = {}
         self._loop = EventLoop()
 
     @property
@@ -243,11 +232,14 @@ class RewardSet:
         """``[R]`` float32."""
         return torch.tensor([bound.weight for bound in self.rewards], dtype=torch.float32)
 
-    def score(self, rollout: Rollout, *, trainer_state: Any = None) -> Rollout:
+    def score(self, rollout: Rollout, *, step: int | None = None, trainer_state: Any = None) -> Rollout:
         """``rollout`` with ``rewards[B, R]`` (float32, NaN = not applicable), ``reward_names`` and logged columns.
 
-        Raises RewardError, after writing the sample to ``dump_dir``, for a failure under ``on_error="stop"``.
+        Rewards that ask for ``trainer_state`` get it, or one with ``global_step = step``. Raises RewardError, after
+        writing the sample to ``dump_dir``, for a failure under ``on_error="stop"``.
         """
+        if trainer_state is None and step is not None:
+            trainer_state = TrainerState(global_step=step)
         values, extras = self._score(RewardInputs.from_rollout(rollout, trainer_state))
         return replace(
             rollout, rewards=values, reward_names=tuple(self.names), columns={**rollout.columns, **extras},
@@ -272,6 +264,27 @@ class RewardSet:
             raise RewardError("the rollout has no rewards yet; call score() first")
         used = self.weights != 0
         return combine_rewards(values[:, used.to(values.device)], self.weights[used].to(values.device))
+
+    def metrics(self, rollout: Rollout) -> dict[str, float]:
+        """``rewards/<name>/{mean,std,none_fraction}`` and ``reward``, ``reward_std`` of a scored rollout.
+
+        Means and sample standard deviations leave out the samples that a reward does not apply to. Figures of the last
+        :meth:`score` are added: ``rewards/<name>/seconds``, ``rewards/<name>/failed`` (unless ``on_error="stop"``) and
+        whatever functions logged with ``log_metric``.
+        """
+        if rollout.rewards is None:
+            raise RewardError("the rollout has no rewards yet; call score() first")
+        figures: dict[str, float] = {}
+        for name, values in zip(rollout.reward_names, rollout.rewards.T, strict=True):
+            known = values[~values.isnan()].double()
+            figures[f"rewards/{name}/mean"] = float(known.mean()) if len(known) else math.nan
+            figures[f"rewards/{name}/std"] = _std(known)
+            figures[f"rewards/{name}/none_fraction"] = 1.0 - len(known) / max(len(values), 1)
+        total = self.total(rollout)
+        known = total[~total.isnan()].double()
+        figures["reward"] = float(known.mean()) if len(known) else math.nan
+        figures["reward_std"] = _std(known)
+        return {**figures, **self._last}
 
     def score_with_gradient(self, prompts: Sequence[Any], images: Tensor, **columns: Sequence[Any]) -> Tensor:
         """``[B]`` weighted total whose gradient reaches ``images[B, 3, H, W]``; every weighted reward must allow it.
@@ -325,21 +338,20 @@ class RewardSet:
                 future.cancel()
             raise
         outcomes |= {i: future.result() for i, future in pending.items()}
-        columns, metrics, extras = [], {}, {}
+        columns: list[Tensor] = []
+        extras: dict[str, list[Any]] = {}
+        self._last = {}
         for i, (bound, name) in enumerate(zip(self.rewards, self.names, strict=True)):
             outcome = outcomes[i]
             if outcome.failures:
                 self._handle(bound, name, inputs, outcome)
             columns.append(outcome.values)
-            metrics.update(_figures(name, outcome, stop=stop))
             extras.update(outcome.extras)
-        values = torch.stack(columns, dim=1)
-        total = self.total(values)
-        known = total[~total.isnan()]
-        metrics["reward"] = float(known.mean()) if len(known) else math.nan
-        metrics["reward_std"] = _std(known)
-        self.metrics = metrics
-        return values, extras
+            self._last[f"rewards/{name}/seconds"] = outcome.seconds
+            if not stop:
+                self._last[f"rewards/{name}/failed"] = float(len(outcome.failures))
+            self._last |= {metric: sum(logged) / len(logged) for metric, logged in outcome.metrics.items()}
+        return torch.stack(columns, dim=1), extras
 
     def _handle(self, bound: BoundReward, name: str, inputs: RewardInputs, outcome: Outcome) -> None:
         if self.on_error == "drop":
@@ -363,14 +375,16 @@ class RewardSet:
         ) from cause
 
 
-def _bound(item: Any, base_dir: Path | None, key: str) -> BoundReward:
+def _bound(item: Any, config_folder: Path | None, key: str) -> BoundReward:
     if isinstance(item, BoundReward):
         return item
     if isinstance(item, str):
         item = RewardOptions(name=item)
     elif isinstance(item, Mapping):
         item = RewardOptions.model_validate(dict(item))
-    return BoundReward.from_options(item, base_dir=base_dir, key=key) if isinstance(item, RewardOptions) else BoundReward(item)
+    if isinstance(item, RewardOptions):
+        return BoundReward.from_options(item, config_folder=config_folder, key=key)
+    return BoundReward(item)
 
 
 def _distinct(labels: list[str]) -> list[str]:
@@ -387,16 +401,10 @@ def _std(values: Tensor) -> float:
     return float(values.double().std()) if len(values) > 1 else 0.0
 
 
-def _figures(name: str, outcome: Outcome, *, stop: bool) -> dict[str, float]:
-    known = outcome.values[~outcome.values.isnan()]
-    figures = {
-        f"rewards/{name}/mean": float(known.double().mean()) if len(known) else math.nan,
-        f"rewards/{name}/std": _std(known),
-        f"rewards/{name}/none_fraction": 1.0 - len(known) / max(len(outcome.values), 1),
-        f"rewards/{name}/seconds": outcome.seconds,
-    }
-    if not stop:
-        figures[f"rewards/{name}/failed"] = float(len(outcome.failures))
-    for metric, values in outcome.metrics.items():
-        figures[metric] = sum(values) / len(values)
-    return figures
+
+def build_rewards(
+    options: Sequence[RewardOptions], *, config_folder: Path | None = None, on_error: str = "stop",
+    dump_dir: Path | str | None = None, key: str = "rewards",
+) -> RewardSet:
+    """The rewards of a configuration list; see :class:`RewardSet`."""
+    return RewardSet(options, on_error=on_error, dump_dir=dump_dir, config_folder=config_folder, key=key)

@@ -109,7 +109,9 @@ class Asked:
     @staticmethod
     def of(function: Any, name: str) -> Asked:
         """Read the signature; raises RewardError for a parameter that cannot be passed by keyword."""
-        required, optional, open_ended = [], [], False
+        required: list[str] = []
+        optional: list[str] = []
+        open_ended = False
         for parameter in inspect.signature(function).parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 open_ended = True

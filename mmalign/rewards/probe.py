@@ -52,7 +52,7 @@ class RewardCheck:
 
 
 def check_reward(
-    reward: Any, samples: Sequence[Mapping[str, Any]] | None = None, *, base_dir: Path | None = None,
+    reward: Any, samples: Sequence[Mapping[str, Any]] | None = None, *, config_folder: Path | None = None,
 ) -> RewardCheck:
     """Call ``reward`` on the first three ``samples`` and say what would go wrong in a run.
 
@@ -61,7 +61,7 @@ def check_reward(
     as messages (one completion is empty, as happens early in training), then three pictures of the shapes asset.
     Never raises for a failing reward; ConfigError for one that cannot be found.
     """
-    rewards = RewardSet([reward], base_dir=base_dir)
+    rewards = RewardSet([reward], config_folder=config_folder)
     bound, name = rewards.rewards[0], rewards.names[0]
     asks = (*bound.asked.required, *bound.asked.optional)
     trials = _given(samples) if samples else _stand_ins()

@@ -126,14 +126,14 @@ def unwrap(function: Any) -> Any:
 def traits(function: Any) -> Traits:
     """The declared traits of any reward callable, with defaults for undeclared ones; raises ConfigError if malformed."""
     inner = unwrap(function)
-    name = getattr(inner, "reward_name", None) or getattr(inner, "__name__", type(inner).__name__)
+    name = str(getattr(inner, "reward_name", None) or getattr(inner, "__name__", type(inner).__name__))
     limits = getattr(inner, "range", None)
     if limits is not None:
         low, high = limits
         if not low < high:
             raise ConfigError(f"reward {name!r}: range={limits!r} must be (low, high) with low < high")
         limits = (float(low), float(high))
-    accepts = getattr(inner, "accepts", "pil")
+    accepts: Any = getattr(inner, "accepts", "pil")
     if accepts not in ("pil", "tensor", "any"):
         raise ConfigError(f"reward {name!r}: accepts={accepts!r} is unknown; allowed: pil, tensor, any")
     needs = getattr(inner, "needs", ())
@@ -149,10 +149,10 @@ def is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(getattr(inner, "__call__", None))  # noqa: B004
 
 
-def load_object(name: str, *, base_dir: Path | None = None, key: str = "rewards") -> Any:
+def load_object(name: str, *, config_folder: Path | None = None, key: str = "rewards") -> Any:
     """The object named ``file.py:attribute``, ``package.module:attribute`` or by a registered name.
 
-    Files are searched in ``base_dir`` (the folder of the configuration) and then in the working directory. Raises
+    Files are searched in ``config_folder`` (the folder of the configuration) and then in the working directory. Raises
     ConfigError that names ``key`` when the file, module, attribute or registered name does not exist.
     """
     location, separator, attribute = name.rpartition(":")
@@ -163,7 +163,7 @@ def load_object(name: str, *, base_dir: Path | None = None, key: str = "rewards"
             raise ConfigError(
                 f"{key}: {error}; a function of your own is written file.py:function or package.module:function"
             ) from None
-    module = _load_file(location, base_dir, key) if location.endswith(".py") else _load_module(location, key)
+    module = _load_file(location, config_folder, key) if location.endswith(".py") else _load_module(location, key)
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -183,8 +183,8 @@ def _load_module(location: str, key: str) -> ModuleType:
         raise ConfigError(f"{key}: module {location!r} cannot be imported: {missing} not installed") from None
 
 
-def _load_file(location: str, base_dir: Path | None, key: str) -> ModuleType:
-    searched = [folder / location for folder in (base_dir, Path.cwd()) if folder is not None]
+def _load_file(location: str, config_folder: Path | None, key: str) -> ModuleType:
+    searched = [folder / location for folder in (config_folder, Path.cwd()) if folder is not None]
     file = next((path.resolve() for path in searched if path.is_file()), None)
     if file is None:
         raise ConfigError(f"{key}: file {location!r} does not exist; looked at {', '.join(map(str, searched))}")
@@ -208,12 +208,12 @@ def _load_file(location: str, base_dir: Path | None, key: str) -> ModuleType:
     return module
 
 
-def build(options: RewardOptions, *, base_dir: Path | None = None, key: str = "rewards") -> tuple[Any, dict[str, Any]]:
+def build(options: RewardOptions, *, config_folder: Path | None = None, key: str = "rewards") -> tuple[Any, dict[str, Any]]:
     """``(callable, constant keywords)`` of one configured reward; a class is built from its options.
 
     Raises ConfigError for an option that the reward does not have (with the nearest one) or for a missing one.
     """
-    found = load_object(options.name, base_dir=base_dir, key=key)
+    found = load_object(options.name, config_folder=config_folder, key=key)
     if inspect.isclass(found):
         if hasattr(found, "from_config"):
             return found.from_config(**options.arguments), {}

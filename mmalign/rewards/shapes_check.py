@@ -22,17 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmalign.data.shapes import (
-    COLORS,
-    PALETTE,
-    POSITIONS,
-    SHAPES,
-    ShapeAttributes,
-    coverage,
-    parse_caption,
-    region_of,
-    unit_area,
-)
+from mmalign.data.shapes import COLORS, PALETTE, POSITIONS, SHAPES, ShapeAttributes, coverage, parse_caption, region_of, unit_area
 from mmalign.errors import RewardError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ Every function takes strings or message lists and runs unchanged in TRL's GRPOTr
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -30,12 +30,13 @@ def completion_text(completion: Any) -> str:
         completion = [completion]
     if not isinstance(completion, Sequence) or not all(isinstance(m, Mapping) for m in completion):
         raise RewardError(f"completion {completion!r:.100} is neither text nor messages; this reward scores text")
-    return "\n".join(_content(m) for m in completion if m.get("role", "assistant") == "assistant")
+    return "\n".join(message_text(m) for m in completion if m.get("role", "assistant") == "assistant")
 
 
-def _content(message: Mapping[str, Any]) -> str:
+def message_text(message: Mapping[str, Any]) -> str:
+    """The text of one message, text blocks joined; empty for a message that only calls tools."""
     content = message.get("content")
-    if content is None:  # a message that only calls tools
+    if content is None:
         return ""
     if isinstance(content, str):
         return content
@@ -103,7 +104,7 @@ def exact_match(
     ]
 
 
-_NORMALIZERS = {"none": str, "strip": str.strip, "casefold": lambda text: text.strip().casefold()}
+_NORMALIZERS: dict[str, Callable[[str], str]] = {"none": str, "strip": str.strip, "casefold": lambda text: text.strip().casefold()}
 
 
 def nonempty(truth: Any) -> str:

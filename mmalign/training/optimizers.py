@@ -94,14 +94,21 @@ class OptimizerGroup:
     def state_dict(self) -> dict[str, Any]:
         """Optimiser and schedule state, parameters by name."""
         schedule = {key: value for key, value in self.schedule.state_dict().items() if key != "lr_lambdas"}
-        return {"optimizer": self.optimizer.state_dict(), "schedule": schedule, "parameters": list(self.parameters)}
+        # A group that steps every n-th update carries gradients from one update to the next.
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        return {"optimizer": self.optimizer.state_dict(), "schedule": schedule, "parameters": list(self.parameters),
+                "gradients": gradients}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; raises ConfigError when the parameters are not the same."""
         if state["parameters"] != list(self.parameters):
             raise ConfigError(f"optimizers.{self.options.name}: the checkpoint's parameters are not those of this run")
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        for name, parameter in self.parameters.items():
+            gradient = state["gradients"].get(name)
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        functions: list[None] = [None] * len(self.schedule.lr_lambdas)  # plain functions keep their own state
+        self.schedule.load_state_dict({**state["schedule"], "lr_lambdas": functions})
 
 
 def schedule_factor(options: ScheduleOptions, total: int) -> Callable[[int], float]:

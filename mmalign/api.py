@@ -1,0 +1,31 @@
+"""Run configurations from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def run(
+    config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, run_dir: str | None = None, quiet: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Run a configuration file or tree, as ``mmalign run`` does; returns the manifest of every stage by name.
+
+    >>> import mmalign
+    >>> mmalign.run("configs/text/sft.yaml", ["steps=20"])  # doctest: +SKIP
+
+    Raises ConfigError, DataError, ... before any work when something in the configuration is wrong.
+    """
+    from mmalign.stages import load_plan, make_plan, run_plan
+
+    if isinstance(config, Mapping):
+        tree = dict(config)
+        if run_dir is not None:
+            tree["run_dir"] = run_dir
+        from mmalign.config import apply_overrides
+
+        plan = make_plan(apply_overrides(tree, overrides), config_folder=Path.cwd())
+    else:
+        plan = load_plan(config, overrides, run_dir=run_dir)
+    return run_plan(plan, quiet=quiet)

@@ -1,0 +1,342 @@
+"""The pair-loss table and the point losses: functions of scores, whatever the modality the scores come from.
+
+A row of the table declares what it reads (``inputs``), how sequence scores are formed (``logratio``: sum or mean over
+actions) and whether it compares with a reference; the objective computes exactly that. Losses return one value per pair.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, softplus
+
+from mmalign.core.registry import Registry
+
+Function = TypeVar("Function", bound=Callable[..., Tensor])
+
+INPUTS = frozenset({
+    "chosen_logratio", "rejected_logratio", "chosen_logp", "rejected_logp", "gold_logp", "generated_logp",
+    "ref_chosen_logp", "ref_rejected_logp", "ref_gold_logp", "ref_generated_logp", "generated_logratio", "margin",
+    "win_prob", "shift", "kl", "label", "teacher_logp",
+})
+"""What a row may read; all are ``[B]``."""
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A row of the pair-loss table."""
+
+    name: str
+    function: Callable[..., Tensor]
+    """``(**inputs [B], *, options) -> [B]``."""
+    inputs: tuple[str, ...] = ("chosen_logratio", "rejected_logratio")
+    logratio: Literal["sum", "mean"] = "sum"
+    """Scores are sums or means of a row's action log-probs."""
+    reference: bool = True
+    """Whether log-ratios are taken to a reference model."""
+    coupling: Literal["none", "update"] = "none"
+    """``update``: the loss of a pair depends on all pairs of the update."""
+    prepared: tuple[str, ...] = ()
+    """Statistics the objective must supply."""
+    difference_only: bool = False
+    """Depends on ``chosen - rejected`` only, so that the partition function cancels (f-divergences are allowed)."""
+
+    @property
+    def default_beta(self) -> float:
+        """The default inverse temperature, 1 when the loss has none."""
+        parameter = inspect.signature(self.function).parameters.get("beta")
+        return float(parameter.default) if parameter is not None else 1.0
+
+
+PREFERENCE_LOSSES: Registry[PreferenceLoss] = Registry("preference loss")
+
+
+def preference_loss(
+    name: str, *, inputs: tuple[str, ...] = ("chosen_logratio", "rejected_logratio"), logratio: Literal["sum", "mean"] = "sum",
+    reference: bool = True, coupling: Literal["none", "update"] = "none", prepared: tuple[str, ...] = (),
+    difference_only: bool = False, aliases: tuple[str, ...] = (),
+) -> Callable[[Function], Function]:
+    """Register a pair loss; raises ValueError for an input that is not in :data:`INPUTS`."""
+    unknown = set(inputs) - INPUTS
+    if unknown:
+        raise ValueError(f"inputs {sorted(unknown)} of loss {name!r} are unknown; allowed are {sorted(INPUTS)}")
+
+    def register(function: Function) -> Function:
+        row = PreferenceLoss(name, function, inputs, logratio, reference, coupling, prepared, difference_only)
+        PREFERENCE_LOSSES.register(name, aliases=aliases)(row)
+        return function
+
+    return register
+
+
+def _check(beta: float, *tensors: Tensor) -> None:
+    if not beta > 0:
+        raise ValueError(f"beta is {beta}; it must be positive")
+    shapes = {tuple(t.shape) for t in tensors}
+    if len(shapes) > 1 or any(t.dim() != 1 for t in tensors):
+        raise ValueError(f"scores have shapes {sorted(shapes)}; all must be [B]")
+
+
+def _flip_rate(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    if not (low < value if open_low else low <= value) or not value < high:
+        raise ValueError(f"label_smoothing of {name} is {value}; it must lie in {'(' if open_low else '['}{low}, {high})")
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """``log(1 - exp(x))`` for x < 0, stable on both sides of ``-log 2``."""
+    near = x > -math.log(2)
+    return torch.where(near, torch.log(-torch.expm1(torch.where(near, x, -torch.ones_like(x)))),
+                       torch.log1p(-torch.exp(torch.where(near, -torch.ones_like(x), x))))
+
+
+@preference_loss("sigmoid", difference_only=True, aliases=("dpo", "sigmoid_norm_rso"))
+def sigmoid(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.1) -> Tensor:
+    """``-log sigmoid(beta (u_w - u_l))``. DPO: Rafailov et al. 2023, arXiv 2305.18290, equation 7."""
+    _check(beta, chosen_logratio, rejected_logratio)
+    return -logsigmoid(beta * (chosen_logratio - rejected_logratio))
+
+
+@preference_loss("cdpo", difference_only=True)
+def cdpo(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Tensor:
+    """``-(1 - e) log sigmoid(beta D) - e log sigmoid(-beta D)``: labels are flipped with rate ``e``. Mitchell 2023."""
+    _check(beta, chosen_logratio, rejected_logratio)
+    _flip_rate("cdpo", label_smoothing, 0, 1 + 1e-12)
+    z = beta * (chosen_logratio - rejected_logratio)
+    return -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
+
+
+@preference_loss("robust", difference_only=True)
+def robust(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Tensor:
+    """``[-(1 - e) log sigmoid(beta D) + e log sigmoid(-beta D)] / (1 - 2e)``: unbiased under label flips.
+
+    Source: Chowdhury et al. 2024, arXiv 2403.00409, equation 12.
+    """
+    _check(beta, chosen_logratio, rejected_logratio)
+    _flip_rate("robust", label_smoothing, 0, 0.5)
+    z = beta * (chosen_logratio - rejected_logratio)
+    return (-(1 - label_smoothing) * logsigmoid(z) + label_smoothing * logsigmoid(-z)) / (1 - 2 * label_smoothing)
+
+
+@preference_loss("hinge", difference_only=True, aliases=("hinge_norm",))
+def hinge(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.1) -> Tensor:
+    """``max(0, 1 - beta D)``. RSO: Liu et al. 2023, arXiv 2309.06657, equation 9 (beta = its gamma)."""
+    _check(beta, chosen_logratio, rejected_logratio)
+    return torch.relu(1 - beta * (chosen_logratio - rejected_logratio))
+
+
+@preference_loss("slic", reference=False, difference_only=True)
+def slic(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.1) -> Tensor:
+    """:func:`hinge` on log-probs without a reference. SLiC-HF: Zhao et al. 2023, arXiv 2305.10425."""
+    return hinge(chosen_logratio, rejected_logratio, beta=beta)
+
+
+@preference_loss("ipo", logratio="mean", difference_only=True)
+def ipo(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.1) -> Tensor:
+    """``(D - 1/(2 beta))^2`` on mean log-ratios, as the authors ran it. Azar et al. 2023, arXiv 2310.12036, equation 17."""
+    _check(beta, chosen_logratio, rejected_logratio)
+    return (chosen_logratio - rejected_logratio - 1 / (2 * beta)).square()
+
+
+@preference_loss("ipo_sum", difference_only=True)
+def ipo_sum(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.1) -> Tensor:
+    """:func:`ipo` on summed log-ratios, as printed in the paper."""
+    return ipo(chosen_logratio, rejected_logratio, beta=beta)
+
+
+@preference_loss("sigmoid_len", logratio="mean", difference_only=True)
+def sigmoid_len(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.1) -> Tensor:
+    """:func:`sigmoid` on mean log-ratios (length-normalised DPO). Lambert et al. 2024 (Tulu 3), arXiv 2411.15124."""
+    return sigmoid(chosen_logratio, rejected_logratio, beta=beta)
+
+
+@preference_loss("exo", difference_only=True, aliases=("exo_pair",))
+def exo(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> Tensor:
+    """Reverse KL of the implied preference ``q = sigmoid(beta D)`` to the smoothed label.
+
+    ``q (log q - log(1 - e)) + (1 - q) (log(1 - q) - log e)``. Ji et al. 2024, arXiv 2402.00856, equation 16.
+    """
+    _check(beta, chosen_logratio, rejected_logratio)
+    _flip_rate("exo", label_smoothing, 0, 1, open_low=True)
+    z = beta * (chosen_logratio - rejected_logratio)
+    return (z.sigmoid() * (logsigmoid(z) - math.log1p(-label_smoothing))
+            + (-z).sigmoid() * (logsigmoid(-z) - math.log(label_smoothing)))
+
+
+@preference_loss("nca", aliases=("nca_pair",))
+def nca(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.01) -> Tensor:
+    """``-log sigmoid(b u_w) - (log sigmoid(-b u_w) + log sigmoid(-b u_l)) / 2``. Chen et al. 2024, arXiv 2402.05369."""
+    _check(beta, chosen_logratio, rejected_logratio)
+    chosen, rejected = beta * chosen_logratio, beta * rejected_logratio
+    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+
+
+@preference_loss("bco", aliases=("bco_pair",))
+def bco(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.1, reward_shift: float = 0.0) -> Tensor:
+    """``-log sigmoid(b u_w - d) - log sigmoid(-(b u_l - d))`` with a constant shift d. Jung et al. 2024, arXiv 2404.04656."""
+    _check(beta, chosen_logratio, rejected_logratio)
+    return -logsigmoid(beta * chosen_logratio - reward_shift) - logsigmoid(reward_shift - beta * rejected_logratio)
+
+
+@preference_loss("sppo_hard")
+def sppo_hard(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 1e-3) -> Tensor:
+    """``(u_w - 1/(2b))^2 + (u_l + 1/(2b))^2`` with b = 1/eta. Wu et al. 2024, arXiv 2405.00675, equation 4.8."""
+    _check(beta, chosen_logratio, rejected_logratio)
+    target = 1 / (2 * beta)
+    return (chosen_logratio - target).square() + (rejected_logratio + target).square()
+
+
+@preference_loss("aot", inputs=("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp"), coupling="update")
+def aot(
+    chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, *, beta: float = 0.01,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """:func:`cdpo` on sorted policy margins against sorted reference margins. Melnyk et al. 2024, arXiv 2406.05882."""
+    policy = (chosen_logp - rejected_logp).sort().values
+    reference = (ref_chosen_logp - ref_rejected_logp).sort().values
+    return cdpo(policy, reference, beta=beta, label_smoothing=label_smoothing)
+
+
+@preference_loss("aot_unpaired", coupling="update", aliases=("aot_pair",))
+def aot_unpaired(
+    chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.01, label_smoothing: float = 0.0,
+) -> Tensor:
+    """:func:`cdpo` on sorted chosen against sorted rejected log-ratios: pairs need not belong together."""
+    return cdpo(chosen_logratio.sort().values, rejected_logratio.sort().values, beta=beta, label_smoothing=label_smoothing)
+
+
+@preference_loss("apo_zero")
+def apo_zero(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.1) -> Tensor:
+    """``1 - sigmoid(b u_w) + sigmoid(b u_l)``. D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 7."""
+    _check(beta, chosen_logratio, rejected_logratio)
+    return (-beta * chosen_logratio).sigmoid() + (beta * rejected_logratio).sigmoid()
+
+
+@preference_loss("apo_down")
+def apo_down(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.1) -> Tensor:
+    """``sigmoid(b u_w) + 1 - sigmoid(b (u_w - u_l))``. D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 8."""
+    _check(beta, chosen_logratio, rejected_logratio)
+    return (beta * chosen_logratio).sigmoid() + (-beta * (chosen_logratio - rejected_logratio)).sigmoid()
+
+
+@preference_loss("discopop", difference_only=True)
+def discopop(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.05, tau: float = 0.05) -> Tensor:
+    """``(1 - s)(-log sigmoid(x)) + s exp(-x)``, x = b D, s = sigmoid(x / tau). Lu et al. 2024, arXiv 2406.08414, equation 5."""
+    _check(beta, chosen_logratio, rejected_logratio)
+    if tau <= 0:
+        raise ValueError(f"tau is {tau}; it must be positive")
+    x = beta * (chosen_logratio - rejected_logratio)
+    gate = (x / tau).sigmoid()
+    return (1 - gate) * -logsigmoid(x) + gate * torch.exp((-x).clamp(max=20))
+
+
+@preference_loss("cpo", reference=False, difference_only=True)
+def cpo(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.1) -> Tensor:
+    """The pair term of CPO: :func:`sigmoid` without a reference; add ``{name: nll, on: chosen}``. arXiv 2401.08417."""
+    return sigmoid(chosen_logratio, rejected_logratio, beta=beta)
+
+
+@preference_loss("simpo", logratio="mean", reference=False, difference_only=True)
+def simpo(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 2.5, gamma: float = 1.375) -> Tensor:
+    """``-log sigmoid(b (A_w - A_l) - gamma)`` on mean log-probs. Meng et al. 2024, arXiv 2405.14734, equation 6."""
+    _check(beta, chosen_logratio, rejected_logratio)
+    return -logsigmoid(beta * (chosen_logratio - rejected_logratio) - gamma)
+
+
+@preference_loss("alphapo", logratio="mean", reference=False)
+def alphapo(
+    chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 2.5, gamma: float = 1.375, alpha: float = 0.25,
+) -> Tensor:
+    """:func:`simpo` on ``r = (1 - exp(-alpha A)) / alpha``. Gupta et al. 2025, arXiv 2501.03884, equation 8."""
+    if alpha == 0:
+        return simpo(chosen_logratio, rejected_logratio, beta=beta, gamma=gamma)
+    chosen, rejected = (-torch.expm1(-alpha * a) / alpha for a in (chosen_logratio, rejected_logratio))
+    return simpo(chosen, rejected, beta=beta, gamma=gamma)
+
+
+@preference_loss("odds_ratio", logratio="mean", reference=False, aliases=("orpo",))
+def odds_ratio(chosen_logratio: Tensor, rejected_logratio: Tensor) -> Tensor:
+    """``-log sigmoid(logit(exp A_w) - logit(exp A_l))``: ORPO's pair term; weigh it by lambda beside an nll term.
+
+    Mean log-probs at 0 are clamped to -1e-6. Hong et al. 2024, arXiv 2403.07691, equation 7.
+    """
+    _check(1.0, chosen_logratio, rejected_logratio)
+    chosen, rejected = chosen_logratio.clamp(max=-1e-6), rejected_logratio.clamp(max=-1e-6)
+    log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
+    return -logsigmoid(log_odds)
+
+
+@preference_loss("bt_reward", inputs=("chosen_logp", "rejected_logp"), reference=False, aliases=("bradley_terry",))
+def bt_reward(
+    chosen_logp: Tensor, rejected_logp: Tensor, *, margin: float = 0.0, center_coef: float = 0.0,
+) -> Tensor:
+    """``-log sigmoid(r_w - r_l - margin) + c (r_w + r_l)^2`` on reward scores. Centring: arXiv 2312.09244."""
+    _check(1.0, chosen_logp, rejected_logp)
+    return -logsigmoid(chosen_logp - rejected_logp - margin) + center_coef * (chosen_logp + rejected_logp).square()
+
+
+@preference_loss("linear", inputs=("generated_logratio",))
+def linear(generated_logratio: Tensor) -> Tensor:
+    """The log-ratio of the policy's own sample itself, to be given a weight (SELM's exploration term)."""
+    return generated_logratio
+
+
+POINTWISE_LOSSES: Registry[Callable[..., Tensor]] = Registry("pointwise loss")
+"""``(logratio[B], label[B] bool, *, offsets and options) -> [B]``; offsets are arguments, never computed inside."""
+
+
+def pointwise_loss(name: str, *, aliases: tuple[str, ...] = ()) -> Callable[[Function], Function]:
+    """Register an unpaired preference loss."""
+    return POINTWISE_LOSSES.register(name, aliases=aliases)
+
+
+def _labels(logratio: Tensor, label: Tensor) -> Tensor:
+    if logratio.dim() != 1 or label.shape != logratio.shape:
+        raise ValueError(f"logratio and label have shapes {tuple(logratio.shape)} and {tuple(label.shape)}; both must be [B]")
+    if label.dtype != torch.bool and bool(((label != 0) & (label != 1)).any()):
+        raise ValueError("label must be true/false or 0/1")
+    return label.to(torch.bool)
+
+
+@pointwise_loss("kto")
+def kto(
+    logratio: Tensor, label: Tensor, *, kl: Tensor | float = 0.0, beta: float = 0.1, desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """``lambda_D (1 - sigmoid(b (u - z)))`` where desirable, ``lambda_U (1 - sigmoid(b (z - u)))`` where not.
+
+    ``kl`` = z, detached and clamped at 0. Ethayarajh et al. 2024, arXiv 2402.01306, equation 8.
+    """
+    _check(beta, logratio)
+    good = _labels(logratio, label)
+    offset = torch.as_tensor(kl, dtype=logratio.dtype, device=logratio.device).detach().clamp(min=0)
+    gap = beta * (logratio - offset)
+    return torch.where(good, desirable_weight * (-gap).sigmoid(), undesirable_weight * gap.sigmoid())
+
+
+@pointwise_loss("bco")
+def bco_point(logratio: Tensor, label: Tensor, *, shift: Tensor | float = 0.0, beta: float = 0.1) -> Tensor:
+    """``softplus(-(b u - d))`` where desirable, ``softplus(b u - d)`` where not. Jung et al. 2024, arXiv 2404.04656."""
+    _check(beta, logratio)
+    gap = beta * logratio - torch.as_tensor(shift, dtype=logratio.dtype, device=logratio.device).detach()
+    return torch.where(_labels(logratio, label), softplus(-gap), softplus(gap))
+
+
+@pointwise_loss("apo_zero_unpaired")
+def apo_zero_unpaired(logratio: Tensor, label: Tensor, *, beta: float = 0.1) -> Tensor:
+    """``1 - sigmoid(b u)`` where desirable, ``sigmoid(b u)`` where not. arXiv 2408.06266."""
+    _check(beta, logratio)
+    return torch.where(_labels(logratio, label), (-beta * logratio).sigmoid(), (beta * logratio).sigmoid())
+
+
+def wpo_weights(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Detached pair weights ``exp(mean_t[logp - log sum p^2])`` of both samples multiplied; arguments are those means ``[B]``.
+
+    Source: Zhou et al. 2024, arXiv 2406.11827, equation 5.
+    """
+    return (chosen + rejected).detach().exp()

@@ -1,0 +1,1 @@
+"""Supervised methods for text."""
