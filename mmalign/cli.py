@@ -15,8 +15,8 @@ app = typer.Typer(
     help="Align text, image and multimodal models: one loop, one set of losses, one command.",
 )
 
-Overrides = Annotated[Optional[list[str]], typer.Argument(help="Dotted overrides such as steps=20 or loss.beta=0.2")]  # noqa: UP007,UP045
-RunDir = Annotated[Optional[str], typer.Option("--run-dir", "-o", help="Where to write; overrides run_dir")]  # noqa: UP007,UP045
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="Dotted overrides such as steps=20 or loss.beta=0.2")]  # noqa: UP045
+RunDir = Annotated[Optional[str], typer.Option("--run-dir", "-o", help="Where to write; overrides run_dir")]  # noqa: UP045
 
 
 def _console() -> Any:
@@ -52,7 +52,7 @@ def _show_manifests(manifests: dict[str, dict[str, Any]]) -> None:
 def run(
     config: Annotated[Path, typer.Argument(help="YAML file of a stage or a pipeline")],
     overrides: Overrides = None, run_dir: RunDir = None,
-    only: Annotated[Optional[str], typer.Option(help="Run this stage again (earlier ones are kept)")] = None,  # noqa: UP007,UP045
+    only: Annotated[Optional[str], typer.Option(help="Run this stage again (earlier ones are kept)")] = None,  # noqa: UP045
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, run nothing")] = False,
 ) -> None:
     """Run a configuration: any method, stage or pipeline. Finished stages are skipped, interrupted ones resumed."""
@@ -68,7 +68,7 @@ def run(
 
 @app.command()
 def methods(
-    name: Annotated[Optional[str], typer.Argument(help="Show this method's options")] = None,  # noqa: UP007,UP045
+    name: Annotated[Optional[str], typer.Argument(help="Show this method's options")] = None,  # noqa: UP045
 ) -> None:
     """List every method with its paper; with a NAME, its options, defaults and meaning."""
     from rich.table import Table
@@ -88,7 +88,8 @@ def methods(
         entry = METHODS.get(name)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    console.print(f"[bold]{entry.name}[/bold] ({entry.modality}, {entry.kind})  {entry.summary}\n{entry.paper}\n", highlight=False)
+    console.print(f"[bold]{entry.name}[/bold] ({entry.modality}, {entry.kind})  {entry.summary}", highlight=False)
+    console.print(f"{entry.paper}\n", highlight=False)
     table = Table("option", "type", "default", "meaning", show_edge=False)
     for row in document(entry.options):
         table.add_row(row.path, row.type, row.default, row.description)
@@ -98,8 +99,8 @@ def methods(
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="Folder, hub id or asset:NAME")],
-    data: Annotated[Optional[str], typer.Option(help="Prompts: file, folder, hub id or asset:NAME")] = None,  # noqa: UP007,UP045
-    prompt: Annotated[Optional[list[str]], typer.Option(help="A prompt (repeatable), instead of --data")] = None,  # noqa: UP007,UP045
+    data: Annotated[Optional[str], typer.Option(help="Prompts: file, folder, hub id or asset:NAME")] = None,  # noqa: UP045
+    prompt: Annotated[Optional[list[str]], typer.Option(help="A prompt (repeatable), instead of --data")] = None,  # noqa: UP045
     n: Annotated[int, typer.Option(help="Samples per prompt")] = 1,
     chat: Annotated[bool, typer.Option(help="Send --prompt as a user message through the chat template")] = True,
     overrides: Overrides = None, run_dir: RunDir = None,
@@ -151,7 +152,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Folder, hub id or asset:NAME")],
     data: Annotated[str, typer.Option(help="Held-out prompts")],
     reward: Annotated[list[str], typer.Option(help="Rewards to measure")],
-    compare_with: Annotated[Optional[str], typer.Option(help="Folder of an earlier evaluation")] = None,  # noqa: UP007,UP045
+    compare_with: Annotated[Optional[str], typer.Option(help="Folder of an earlier evaluation")] = None,  # noqa: UP045
     overrides: Overrides = None, run_dir: RunDir = None,
 ) -> None:
     """Sample held-out prompts, measure rewards with standard errors, compare with an earlier evaluation."""
@@ -164,7 +165,7 @@ def export(
     model: Annotated[str, typer.Argument(help="A run's model folder, or any model or adapter folder")],
     output: Annotated[str, typer.Argument(help="Folder to write")],
     kind: Annotated[str, typer.Option(help="auto, transformers, adapter, merged, pipeline, unet, diffusers_lora")] = "auto",
-    push_to_hub: Annotated[Optional[str], typer.Option(help="Hub repository id to upload to")] = None,  # noqa: UP007,UP045
+    push_to_hub: Annotated[Optional[str], typer.Option(help="Hub repository id to upload to")] = None,  # noqa: UP045
     overrides: Overrides = None,
 ) -> None:
     """Export a model so that transformers, peft or diffusers load it without mmalign."""
@@ -180,7 +181,7 @@ def export(
 @app.command()
 def check(
     target: Annotated[str, typer.Argument(help="A configuration, a data set, a reward or a model folder")],
-    model: Annotated[Optional[str], typer.Option(help="Data sets: model whose tokenizer shows the masks")] = None,  # noqa: UP007,UP045
+    model: Annotated[Optional[str], typer.Option(help="Data sets: model whose tokenizer shows the masks")] = None,  # noqa: UP045
     overrides: Overrides = None,
 ) -> None:
     """Say what would go wrong before it does: keys, batch arithmetic, masks, rewards on three samples, exports."""
@@ -197,7 +198,7 @@ def check(
 @app.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(help="A run directory")],
-    output: Annotated[Optional[Path], typer.Option(help="HTML file; default report.html in the run directory")] = None,  # noqa: UP007,UP045
+    output: Annotated[Optional[Path], typer.Option(help="HTML file; default report.html in the run directory")] = None,  # noqa: UP045
 ) -> None:
     """Write a self-contained HTML page of a run: curves, samples side by side, timing, configuration."""
     from mmalign.report import write_report
@@ -207,15 +208,15 @@ def report(
 
 @app.command()
 def assets(
-    fetch: Annotated[Optional[list[str]], typer.Argument(help="Assets to fetch or build now")] = None,  # noqa: UP007,UP045
+    fetch: Annotated[Optional[list[str]], typer.Argument(help="Assets to fetch or build now")] = None,  # noqa: UP045
 ) -> None:
     """List the small built-in models and data sets, or fetch some."""
     from rich.table import Table
 
-    from mmalign.data.assets import asset_path, list_assets
+    from mmalign.data.assets import fetch_asset, list_assets
 
     for name in fetch or []:
-        _console().print(f"{name}: {asset_path(name)}")
+        _console().print(f"{name}: {fetch_asset(name)}", highlight=False, soft_wrap=True)
     if not fetch:
         table = Table("asset", "kind", "size", "what it is", show_edge=False)
         for entry in list_assets():

@@ -109,7 +109,8 @@ def check_values(examples: Examples, findings: Findings) -> None:
                 findings.warn(f"column {name}: {len(empty)} {looked} are empty, the first is row {empty[0]}")
     same = [i for i, row in enumerate(examples) if "chosen" in row and _key(row["chosen"]) == _key(row.get("rejected"))]
     if same:
-        findings.warn(f"{len(same)} {looked} have equal chosen and rejected samples and would be dropped, the first is row {same[0]}")
+        findings.warn(f"{len(same)} {looked} have equal chosen and rejected samples and would be dropped, the first is row "
+                      f"{same[0]}")
     seen = Counter(_key({k: v for k, v in row.items() if k != "id"}) for row in examples)
     repeated = sum(count - 1 for count in seen.values())
     if repeated:

@@ -7,20 +7,20 @@ from typing import Literal
 from torch import Tensor
 
 
-def hinge_penalty(kl: Tensor, *, radius: float, coef: float, form: Literal["linear", "squared"] = "squared") -> Tensor:
-    """``coef * max(0, kl - radius)`` or ``coef * max(0, kl - radius)^2`` of a scalar divergence.
+def hinge_penalty(kl: Tensor, *, radius: float, coef: float, form: Literal["linear", "squared"] = "linear") -> Tensor:
+    """Penalty of a scalar divergence that exceeds its trust radius; 0 inside, with no gradient.
 
-    The squared form's gate is detached: its gradient is ``2 coef max(0, kl - radius) grad kl``. Source: Li et al. 2025
-    (DisCO), arXiv 2505.12366. Raises ValueError for negative ``radius`` or ``coef``.
+    ``linear``: ``sg(coef max(0, kl - radius)) kl``, gradient ``coef max(0, kl - radius) grad kl`` (what the DisCO authors
+    run). ``squared``: ``coef max(0, kl - radius)^2``, gradient twice that (as printed). Source: Li et al. 2025 (DisCO),
+    arXiv 2505.12366. Raises ValueError for negative ``radius`` or ``coef``, or an unknown form.
     """
     if radius < 0 or coef < 0:
         raise ValueError(f"radius is {radius} and coef {coef}; neither may be negative")
-    gap = kl - radius
-    gate = (gap.detach() > 0).to(gap.dtype)
+    excess = (kl - radius).clamp(min=0)
     if form == "linear":
-        return coef * gate * gap
+        return coef * excess.detach() * kl
     if form == "squared":
-        return coef * gate * gap.square()
+        return coef * excess.square()
     raise ValueError(f"form is {form!r}; allowed are linear and squared")
 
 

@@ -238,6 +238,9 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, std: Tensor, *, dims: Dims =
     return flat.mean(1) if dims == "mean" else flat.sum(1)
 
 
-def guided_prediction(null: Tensor, cond: Tensor, scale: float) -> Tensor:
-    """``null + scale (cond - null)``: classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598); 1 = conditional."""
-    return null + scale * (cond - null)
+def guided_prediction(null: Tensor, cond: Tensor, scale: Tensor | float) -> Tensor:
+    """``null + scale (cond - null)``: classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598); 1 = conditional.
+
+    ``scale`` is one number or one per row, ``[B]``.
+    """
+    return null + _spread(scale, null) * (cond - null)

@@ -90,6 +90,8 @@ def neftune_noise(
     rows, length, size = embeddings.shape
     device = generator.device if generator is not None else embeddings.device
     noise = torch.rand(embeddings.shape, generator=generator, device=device, dtype=torch.float32).to(embeddings.device)
-    count = torch.full((rows,), float(length), device=embeddings.device) if lengths is None else lengths.to(embeddings.device).float()
+    if lengths is None:
+        lengths = torch.full((rows,), length)
+    count = lengths.to(embeddings.device, torch.float32)
     magnitude = alpha / (count.clamp(min=1) * size).sqrt()
     return embeddings + ((2 * noise - 1) * magnitude[:, None, None]).to(embeddings.dtype)

@@ -135,10 +135,16 @@ def _shapes_base() -> Path:
 
 @asset("shapes", kind="data", description="captioned pictures of coloured shapes, 168 captions, truth known exactly",
        size="built")
-def _shapes(n: int | None, *, split: str, seed: int, size: int = 32) -> list[dict[str, Any]]:
+def _shapes(n: int | None, *, split: str, seed: int, size: int = 32, pairs: bool = False) -> list[dict[str, Any]]:
     from mmalign.data.shapes import make_shapes
 
     rows = make_shapes(512 if n is None else n, size, seed, split=split)
+    if pairs:  # the right picture against that of another caption, half a pass further on
+        others = rows[len(rows) // 2 :] + rows[: len(rows) // 2]
+        return [
+            {**{key: value for key, value in row.items() if key != "image"}, "chosen": row["image"], "rejected": other["image"]}
+            for row, other in zip(rows, others, strict=True) if row["prompt"] != other["prompt"]
+        ]
     return [{**{key: value for key, value in row.items() if key != "image"}, "images": [row["image"]]} for row in rows]
 
 

@@ -183,8 +183,8 @@ def _guarded(read: Callable[[], Any], options: DataOptions, *, what: str) -> Any
         return read()
     except DatasetGenerationError as error:
         raise DataError(f"data.path: {what} {options.path} cannot be read: {error.__cause__ or error}") from None
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        raise DataError(f"data.path: {what} {options.path} cannot be read: {error}") from None
+    except Exception as error:  # whatever a reader stumbles on, the cause is this file
+        raise DataError(f"data.path: {what} {options.path} cannot be read: {error}") from error
 
 
 def _pick_split(loaded: Any, options: DataOptions) -> datasets.Dataset:
@@ -232,7 +232,7 @@ def _read_file(path: Path, options: DataOptions) -> datasets.Dataset:
 
 def _check_json(path: Path, options: DataOptions) -> None:
     """Say which line is broken; the reader of datasets does not."""
-    with path.open(encoding="utf-8") as stream:
+    with path.open(encoding="utf-8", errors="replace") as stream:
         start = stream.read(4096).lstrip("\ufeff \t\r\n")
         if start.startswith("["):
             if start[1:].lstrip()[:1] not in ("{", "]", ""):
@@ -257,7 +257,10 @@ def _check_json(path: Path, options: DataOptions) -> None:
 def _read_folder(path: Path, options: DataOptions) -> datasets.Dataset:
     from datasets import load_dataset, load_from_disk
 
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    state = path / "state.json"
+    if state.is_file() and not json.loads(state.read_text(encoding="utf-8")).get("_data_files", True):
+        check_rows(0, source=f"data.path: {options.path}")  # datasets cannot load what it saved without rows
+    if state.is_file() or (path / "dataset_dict.json").is_file():
         return _pick_split(_guarded(lambda: load_from_disk(str(path)), options, what="folder"), options)
     files = [entry for entry in path.rglob("*") if entry.is_file() and not entry.name.startswith(".")]
     images = any(entry.suffix.lower() in _IMAGE_ENDINGS for entry in files)

@@ -85,7 +85,8 @@ def write_pipeline(source: Source, target: Path, *, dtype: str | None, tolerance
     save_pipeline(pipe, target)
     del pipe
     gc.collect()
-    return compare(expected, probe_latents(load(target)), dtype=name, tolerance=tolerance, what="latents", folder=target)
+    found = probe_latents(load(target))
+    return compare({"latents": expected}, {"latents": found}, dtype=name, tolerance=tolerance, what="latents")
 
 
 def assemble(source: Source) -> tuple[Any, Path | None]:
@@ -148,11 +149,10 @@ def write_denoiser(source: Source, target: Path, *, dtype: str | None, max_shard
         model = getattr(pipe, name)
         stored = stored_dtype(home / name) if home is not None else None
     precision = dtype or stored or "float32"
-    expected = torch.cat([p.detach().float().flatten()[:4096] for p in model.state_dict().values() if p.is_floating_point()])
+    expected = {name: tensor.detach() for name, tensor in model.state_dict().items()}  # kept when the cast replaces them
     model.to(DTYPES[precision])
     model.save_pretrained(target, safe_serialization=True, max_shard_size=max_shard_size)
-    found = torch.cat([p.float().flatten()[:4096] for p in load_denoiser(target).state_dict().values() if p.is_floating_point()])
-    return compare(expected, found, dtype=precision, tolerance=tolerance, what="weights", folder=target)
+    return compare(expected, load_denoiser(target).state_dict(), dtype=precision, tolerance=tolerance, what="weights")
 
 
 def write_lora(source: Source, target: Path, *, dtype: str | None, tolerance: float | None) -> Gap | None:
@@ -187,7 +187,7 @@ def write_lora(source: Source, target: Path, *, dtype: str | None, tolerance: fl
     found = probe_latents(pipe)
     if torch.equal(found, base):
         source.warnings.append("the LoRA does not change the base model's output: it was not trained, or does not match it")
-    return compare(expected, found, dtype=dtype or "float32", tolerance=tolerance, what="latents", folder=target)
+    return compare({"latents": expected}, {"latents": found}, dtype=dtype or "float32", tolerance=tolerance, what="latents")
 
 
 def lora_metadata(folder: Path) -> dict[str, Any] | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,13 +34,21 @@ class Gap:
         return f"largest gap in {self.what} {self.absolute:.2e} ({self.relative:.1e} of the largest value, allowed {self.tolerance:.0e})"
 
 
-def compare(expected: Tensor, found: Tensor, *, dtype: str, tolerance: float | None, what: str, folder: Path) -> Gap:
-    """The gap between two outputs; ExportError when it is above ``tolerance`` (None: by precision) or not finite."""
-    allowed = TOLERANCES[dtype] if tolerance is None else tolerance
-    if expected.shape != found.shape:
-        raise ExportError(f"the exported model gives {what} of shape {tuple(found.shape)}, the trained one {tuple(expected.shape)}")
-    difference = (expected.double() - found.double()).abs().max() if expected.numel() else torch.zeros(())
-    gap = Gap(what, float(difference), float(expected.abs().max()), allowed)
+def compare(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, dtype: str, tolerance: float | None, what: str,
+) -> Gap:
+    """The gap between tensors of the same names; ExportError when above ``tolerance`` (None: by precision) or not finite."""
+    if {name: t.shape for name, t in expected.items()} != {name: t.shape for name, t in found.items()}:
+        odd = next(n for n in {**expected, **found} if n not in expected or n not in found or expected[n].shape != found[n].shape)
+        raise ExportError(f"the exported model gives other {what} than the trained one: {odd} is missing or has another shape")
+    absolute, scale = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for name, tensor in expected.items():
+        if tensor.numel():
+            # maximum, unlike max() of Python, lets NaN through to the comparison below, which it fails.
+            absolute = torch.maximum(absolute, (tensor.double() - found[name].double()).abs().max())
+            scale = torch.maximum(scale, tensor.abs().max().double())
+    gap = Gap(what, float(absolute), float(scale), TOLERANCES[dtype] if tolerance is None else tolerance)
+    allowed = gap.tolerance
     if not gap.relative <= allowed:
         raise ExportError(
             f"the exported model does not reproduce the trained one: {gap}. Nothing was written. A higher precision "

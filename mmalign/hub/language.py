@@ -113,7 +113,7 @@ def check_reload(expected: Tensor, target: Path, dtype: str, tolerance: float | 
     """Load ``target`` in float32 and compare its logits with ``expected``; ExportError above the tolerance."""
     gc.collect()
     model = load_model(target)
-    return compare(expected, probe_logits(model), dtype=dtype, tolerance=tolerance, what="logits", folder=target)
+    return compare({"logits": expected}, {"logits": probe_logits(model)}, dtype=dtype, tolerance=tolerance, what="logits")
 
 
 def settle_tied_embeddings(model: Any) -> bool:
@@ -226,7 +226,7 @@ def write_adapter(source: Source, target: Path, *, dtype: str | None, tolerance:
     config["base_model_name_or_path"] = source.base_id or source.base or config.get("base_model_name_or_path")
     config["inference_mode"] = True
     if isinstance(config.get("target_modules"), str):
-        config["target_modules"] = adapted_modules(tensors)
+        config["target_modules"] = adapted_modules(tensors) or config["target_modules"]
     if dtype is not None:
         tensors = {name: t.to(DTYPES[dtype]) if t.is_floating_point() else t for name, t in tensors.items()}
     save_file(tensors, target / weights.name, metadata={"format": "pt"})
@@ -238,13 +238,13 @@ def write_adapter(source: Source, target: Path, *, dtype: str | None, tolerance:
     expected = probe_logits(load_with_adapter(source.base_folder, source.folder))
     gc.collect()
     found = probe_logits(load_with_adapter(source.base_folder, target))
-    return compare(expected, found, dtype=dtype or "float32", tolerance=tolerance, what="logits", folder=target)
+    return compare({"logits": expected}, {"logits": found}, dtype=dtype or "float32", tolerance=tolerance, what="logits")
 
 
 def adapted_modules(tensors: dict[str, Tensor]) -> list[str]:
     """Full names of the modules that adapter tensors belong to, for a configuration that gave a pattern."""
-    found = {re.split(r"\.(?:lora_|ia3_|vera_|oft_|boft_|hada_|lokr_)", name)[0] for name in tensors if ".lora_" in name or "_" in name}
-    return sorted(name.removeprefix("base_model.model.") for name in found if name not in tensors)
+    matches = [re.match(r"(?:base_model\.model\.)?(.+?)\.(?:lora|ia3|vera|oft|boft|hada|lokr)_", name) for name in tensors]
+    return sorted({match[1] for match in matches if match})
 
 
 def load_with_adapter(base: str | Path, adapter: Path) -> Any:

@@ -44,6 +44,8 @@ class Denoiser:
     """Tokenizers whose limit cuts a prompt."""
     condition_names: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     """Keys of :meth:`encode`, which are also the columns of encoded rows."""
+    geometry_names: ClassVar[tuple[str, ...]] = ()
+    """Keys of :meth:`geometry`, columns likewise."""
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe: Any = pipe
@@ -196,6 +198,7 @@ class StableDiffusionXLDenoiser(StableDiffusionDenoiser):
     encoder_names = ("text_encoder", "text_encoder_2")
     tokenizer_names = ("tokenizer", "tokenizer_2")
     condition_names = ("prompt_embeds", "pooled_prompt_embeds")
+    geometry_names = ("time_ids",)
 
     def check(self) -> None:
         """Also refuse the refiner, whose extra conditions are an aesthetic score."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,13 +46,16 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, device: torch.device) -> Tensor:
-        """Latents of ``pixels[B, 3, H, W]`` in [0, 1], on the CPU."""
+        """Latents of ``pixels[B, 3, H, W]`` in [0, 1], on the CPU.
+
+        One picture at a time, so that a latent does not depend, in its last bits, on what it was encoded with.
+        """
         self.vae.to(device)
-        parts = []
         with torch.autocast(device.type, enabled=False):
-            for chunk in pixels.split(self.rows_per_forward):
-                parts.append(self._normalise(self.vae.encode(chunk.to(device) * 2 - 1).latent_dist.mode()).cpu())
-        return torch.cat(parts)
+            return torch.cat([
+                self._normalise(self.vae.encode(picture.to(device) * 2 - 1).latent_dist.mode()).cpu()
+                for picture in pixels.split(1)
+            ])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels ``[B, 3, H, W]`` of latents, not clamped and differentiable: [0, 1] up to what the decoder overshoots."""
@@ -87,11 +89,3 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
                         "the guidance scale, or use float32")
     bytes_ = pixels.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in bytes_]
-
-
-def stack_pixels(pictures: Sequence[Tensor]) -> Tensor:
-    """Pixels ``[B, 3, H, W]`` of equally large pictures."""
-    shapes = {tuple(picture.shape) for picture in pictures}
-    if len(shapes) > 1:
-        raise DataError(f"images of one batch differ in shape: {sorted(shapes)}")
-    return torch.stack(list(pictures))

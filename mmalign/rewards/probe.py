@@ -66,6 +66,7 @@ def check_reward(
     asks = (*bound.asked.required, *bound.asked.optional)
     trials = _given(samples) if samples else _stand_ins()
     problems: list[str] = []
+    silent: RewardCheck | None = None
     try:
         for form, (prompts, completions, columns) in trials.items():
             started = time.perf_counter()
@@ -77,9 +78,14 @@ def check_reward(
             seconds = time.perf_counter() - started
             warnings = _observe(rewards, prompts, completions, columns, values)
             listed = [None if v != v else v for v in values.tolist()]
-            return RewardCheck(name, form, listed, seconds, asks, [], warnings)
+            found = RewardCheck(name, form, listed, seconds, asks, [], warnings)
+            if any(value is not None for value in listed):
+                return found
+            silent = silent or found  # it does not apply to this form; another one may suit it
     finally:
         rewards.close()
+    if silent is not None:
+        return silent
     return RewardCheck(name, "given" if samples else "any", [], 0.0, asks, problems)
 
 

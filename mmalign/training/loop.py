@@ -19,7 +19,14 @@ from mmalign.core.reduce import reduce
 from mmalign.errors import CheckpointError, MmalignError
 from mmalign.policies.base import Policy, Stateful
 from mmalign.training.checkpoint import (
-    atomic_folder, checkpoint_folders, load_state, prune, recover_folder, restore_weights, save_state, trainable_weights,
+    atomic_folder,
+    checkpoint_folders,
+    load_state,
+    prune,
+    recover_folder,
+    restore_weights,
+    save_state,
+    trainable_weights,
 )
 from mmalign.training.controller import Controller, FixedWeights, accumulate_gradients, probed_parameters
 from mmalign.training.experience import BatchShape, Experience
@@ -102,7 +109,8 @@ class Loop:
         self.objective, self.experience, self.policy, self.shape, self.state = objective, experience, policy, shape, state
         self.options, self.folder, self.accelerator = options, folder, accelerator
         self.tuning, self.controller = tuning or FullTuning(), controller or FixedWeights()
-        self.timer, self.hooks, self.fingerprint, self.description = timer or PhaseTimer(), hooks or Hooks(), fingerprint, description
+        self.timer, self.hooks = timer or PhaseTimer(), hooks or Hooks()
+        self.fingerprint, self.description = fingerprint, description
         self.groups: list[OptimizerGroup] = build_optimizers(objective.modules(), optimizers, total_steps=state.total_steps)
         self.last: dict[str, float] = {}
         self._prepare_modules()
@@ -271,7 +279,7 @@ class Loop:
                     f"the gradient norm is {norm} at update {self.state.step + 1}; the model was left as it was. "
                     f"Look at {self.folder / 'metrics.jsonl'}; lower optimizers.{option.name}.lr or check the data"
                 )
-            record |= {f"grad_norm{label}": norm, f"lr{label}": group.schedule.get_last_lr()[0]}
+            record |= {f"grad_norm{label}": norm, f"lr{label}": float(group.schedule.get_last_lr()[0])}
             group.optimizer.step()
             group.schedule.step()
             group.optimizer.zero_grad(set_to_none=True)
@@ -391,8 +399,9 @@ def _whole_groups(rows: Any, count: int) -> list[Tensor]:
     """``count`` index sets that keep the rows of a group together, about equally many groups each."""
     group = torch.as_tensor(rows["group"])
     ids = list(dict.fromkeys(group.tolist()))
+    nothing = torch.empty(0, dtype=torch.long)
     return [
-        torch.cat([(group == ids[i]).nonzero().flatten() for i in part.tolist()]) if len(part) else torch.empty(0, dtype=torch.long)
+        torch.cat([nothing, *((group == ids[i]).nonzero().flatten() for i in part.tolist())])
         for part in torch.arange(len(ids)).tensor_split(count)
     ]
 

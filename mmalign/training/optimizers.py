@@ -113,7 +113,7 @@ class OptimizerGroup:
 
 def schedule_factor(options: ScheduleOptions, total: int) -> Callable[[int], float]:
     """Multiplier as a function of the number of updates done."""
-    warmup = int(round(options.warmup * total)) if options.warmup < 1 else int(options.warmup)
+    warmup = round(options.warmup * total) if options.warmup < 1 else int(options.warmup)
 
     def factor(step: int) -> float:
         if step < warmup:

@@ -16,7 +16,16 @@ from mmalign.data.rows import Rows
 from mmalign.errors import ConfigError
 from mmalign.policies.base import Draw, Policy, Scorer
 from mmalign.training.objective import (
-    Coupling, LossTerm, Mean, Metrics, PolicyObjective, Term, TrainState, UpdateBatch, supervised_terms, supervised_wants,
+    Coupling,
+    LossTerm,
+    Mean,
+    Metrics,
+    PolicyObjective,
+    Term,
+    TrainState,
+    UpdateBatch,
+    supervised_terms,
+    supervised_wants,
 )
 
 

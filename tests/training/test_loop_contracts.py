@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,14 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import BanditPolicy, FixedExperience, QuadraticObjective, bandit_rows, make_loop
 from torch import Tensor
+from toys import BanditPolicy, FixedExperience, QuadraticObjective, bandit_rows, make_loop
 
 from mmalign.errors import CheckpointError, ConfigError, MmalignError
 from mmalign.training.controller import FixedWeights, ScheduledWeights
 from mmalign.training.experience import BatchOptions, SelectingExperience, resolve_batch
 from mmalign.training.objective import LossTerm, Supervised, Term, TrainState, UpdateBatch
 from mmalign.training.optimizers import OptimizerOptions, build_optimizers, schedule_factor
+from mmalign.training.tracking import read_metrics
 from mmalign.training.tuning import FullTuning
 
 
@@ -37,8 +37,9 @@ def test_gradient_is_the_same_however_rows_are_split(tmp_path_factory: Any, per_
         policy = BanditPolicy()
         policy.module.double()
         objective = Supervised(policy, [LossTerm("nll", reduction=reduction)])
-        loop = make_loop(tmp_path_factory.mktemp("split"), objective, FixedExperience(bandit_rows(8, seed=seed), 8), policy=policy,
-                         per_forward=size, optimizers=[OptimizerOptions(kind="sgd", lr=1.0, max_grad_norm=None)])
+        experience = FixedExperience(bandit_rows(8, seed=seed), 8)
+        loop = make_loop(tmp_path_factory.mktemp("split"), objective, experience, policy=policy, per_forward=size,
+                         optimizers=[OptimizerOptions(kind="sgd", lr=1.0, max_grad_norm=None)])
         before = policy.module.logits.detach().clone()
         loop.update(UpdateBatch({"train": bandit_rows(8, seed=seed)}))
         gradients.append(before - policy.module.logits.detach())
@@ -259,7 +260,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path: Any, kind: s
         assert torch.equal(tensor, weights(parts)[name]), name
     assert straight.seen == resumed.seen
     assert straight_controller.state_dict() == resumed_controller.state_dict()
-    logs = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    logs = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
     drop = ("seconds", "examples_per_second")
     plain = [[{k: v for k, v in line.items() if not k.startswith(drop)} for line in log] for log in logs]
     assert plain[0] == plain[1]
@@ -284,7 +285,7 @@ def test_corrupt_checkpoint_names_the_file_and_the_way_out(tmp_path: Any) -> Non
     policy = BanditPolicy()
     make_loop(tmp_path, Supervised(policy), FixedExperience(bandit_rows(8), 8), policy=policy).run()
     (tmp_path / "checkpoints" / "step-4" / "state.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(CheckpointError, match="step-4.*delete it"):
+    with pytest.raises(CheckpointError, match=r"step-4.*delete it"):
         make_loop(tmp_path, Supervised(BanditPolicy()), FixedExperience(bandit_rows(8), 8)).run()
 
 

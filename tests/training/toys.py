@@ -136,10 +136,12 @@ def make_loop(
     per_forward: int = 8, optimizers: list[OptimizerOptions] | None = None, every: int = 0, seed: int = 0, **extra: Any,
 ) -> Loop:
     """A quiet CPU loop over toys."""
-    options = LoopOptions(steps=steps, precision="float32", checkpoint=CheckpointOptions(every=every, model_format=policy is not None),
+    options = LoopOptions(steps=steps, precision="float32",
+                          checkpoint=CheckpointOptions(every=every, model_format=policy is not None),
                           tracking=TrackingOptions(quiet=True))
     shape = BatchShape(per_update, per_forward, max(1, per_update // per_forward), 1)
     return Loop(
         objective, experience, policy or BanditPolicy(), shape, TrainState(seed=seed, total_steps=steps), options=options,
-        optimizers=optimizers or [OptimizerOptions(lr=0.1)], folder=folder, accelerator=make_accelerator(options, folder), **extra,
+        optimizers=optimizers or [OptimizerOptions(lr=0.1)], folder=folder,
+        accelerator=make_accelerator(options, folder), **extra,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mmalign.core.supervised import SUPERVISED_LOSSES
 from mmalign.data.chat import TextEncoding
 from mmalign.methods.registry import method
@@ -27,11 +25,9 @@ class SFTOptions(TrainOptions):
 @method("sft", options=SFTOptions, modality="text", paper="Ouyang et al., 2022, arXiv 2203.02155")
 def sft(options: SFTOptions, context: BuildContext) -> TrainingParts:
     """Next-token training on completions, conversations or raw text."""
-    settings: dict[str, Any] = {}
-    if options.neftune_noise_alpha:
-        settings["neftune_noise_alpha"] = options.neftune_noise_alpha
-    policy = context.policy(options.model, encoding=options.encoding, **settings)
+    policy = context.policy(options.model, encoding=options.encoding)
     examples = context.prepared(policy, options.data)
-    objective = Supervised(policy, loss_terms(options.losses, [SUPERVISED_LOSSES]))
+    objective = Supervised(policy, loss_terms(options.losses, [SUPERVISED_LOSSES]),
+                           neftune_noise_alpha=options.neftune_noise_alpha)
     experience = DatasetExperience(policy, examples, context.shape, seed=context.seed, rank=context.state.rank)
     return TrainingParts(policy, objective, experience, rows=len(examples))

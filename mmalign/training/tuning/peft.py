@@ -38,7 +38,7 @@ DIFFUSION_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 class PeftTuning(FullTuning):
     """Inject an adapter of ``type`` with ``options`` (fields of peft's own config class, unknown ones refused)."""
 
-    def __init__(self, *, type: str = "lora", **options: Any) -> None:  # noqa: A002 - the key users write
+    def __init__(self, *, type: str = "lora", **options: Any) -> None:
         super().__init__()
         self.type, self.options = type, options
 
