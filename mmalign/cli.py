@@ -30,12 +30,12 @@ def _tree(**values: Any) -> dict[str, Any]:
 
 
 def _run_tree(tree: dict[str, Any], overrides: list[str] | None, run_dir: str | None, default: str) -> None:
+    from mmalign.api import execute
     from mmalign.config import apply_overrides
-    from mmalign.stages import make_plan, run_plan
+    from mmalign.stages import make_plan
 
     tree = apply_overrides({"run_dir": run_dir or f"runs/{default}", **tree}, overrides or [])
-    manifests = run_plan(make_plan(tree, config_folder=Path.cwd(), default_name=default))
-    _show_manifests(manifests)
+    _show_manifests(execute(make_plan(tree, config_folder=Path.cwd(), default_name=default)))
 
 
 def _show_manifests(manifests: dict[str, dict[str, Any]]) -> None:
@@ -54,16 +54,30 @@ def run(
     overrides: Overrides = None, run_dir: RunDir = None,
     only: Annotated[Optional[str], typer.Option(help="Run this stage again (earlier ones are kept)")] = None,  # noqa: UP045
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, run nothing")] = False,
+    modality: Annotated[Optional[str], typer.Option(hidden=True)] = None,  # noqa: UP007,UP045
 ) -> None:
     """Run a configuration: any method, stage or pipeline. Finished stages are skipped, interrupted ones resumed."""
-    from mmalign.stages import load_plan, run_plan
+    from mmalign.api import execute
+    from mmalign.stages import load_plan
 
     plan = load_plan(config, overrides or [], run_dir=run_dir)
+    if modality is not None:
+        _refuse_other_modalities([planned.kind for planned in plan.stages], modality)
     if dry_run:
         for planned in plan.stages:
             _console().print(f"{planned.name}: {planned.kind}", highlight=False)
         return
-    _show_manifests(run_plan(plan, only=only))
+    _show_manifests(execute(plan, only=only))
+
+
+def _refuse_other_modalities(kinds: list[str], modality: str) -> None:
+    from mmalign.errors import ConfigError
+    from mmalign.methods.registry import METHODS
+
+    for kind in kinds:
+        if kind in METHODS and METHODS.get(kind).modality != modality:
+            raise ConfigError(f"method: {kind} trains {METHODS.get(kind).modality} models, this script {modality} models; use "
+                              f"scripts/train_{METHODS.get(kind).modality}.py or `mmalign run`")
 
 
 @app.command()
@@ -71,7 +85,10 @@ def methods(
     name: Annotated[Optional[str], typer.Argument(help="Show this method's options")] = None,  # noqa: UP045
 ) -> None:
     """List every method with its paper; with a NAME, its options, defaults and meaning."""
+    from rich.markup import escape
+    from rich.padding import Padding
     from rich.table import Table
+    from rich.text import Text
 
     from mmalign.config import ConfigError, document
     from mmalign.methods.registry import METHODS
@@ -90,10 +107,11 @@ def methods(
         raise ConfigError(str(error)) from None
     console.print(f"[bold]{entry.name}[/bold] ({entry.modality}, {entry.kind})  {entry.summary}", highlight=False)
     console.print(f"{entry.paper}\n", highlight=False)
-    table = Table("option", "type", "default", "meaning", show_edge=False)
     for row in document(entry.options):
-        table.add_row(row.path, row.type, row.default, row.description)
-    console.print(table)
+        depth = "  " * row.path.count(".")
+        heading = f"{depth}[bold]{row.path}[/bold]: {escape(row.type)} = {escape(row.default)}"
+        console.print(heading, highlight=False, soft_wrap=True)
+        console.print(Padding(Text(row.description), (0, 0, 0, 4 + len(depth))))
 
 
 @app.command()
@@ -224,16 +242,26 @@ def assets(
         _console().print(table)
 
 
-def main() -> None:
-    """Console entry point: errors of ours are printed without a traceback and exit with status 2."""
+def main(arguments: list[str] | None = None) -> None:
+    """Console entry point (``arguments`` default to the command line's); our errors are printed and exit with status 2."""
     try:
-        app()
+        app(args=arguments)
     except MmalignError as error:
         from rich.console import Console
 
         Console(stderr=True).print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
         Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def train_script(modality: str) -> None:
+    """``mmalign run`` on the command line's arguments, methods of another modality refused."""
+    main(["run", "--modality", modality, *sys.argv[1:]])
+
+
+def run_command(name: str) -> None:
+    """``mmalign NAME`` on the command line's arguments."""
+    main([name, *sys.argv[1:]])
 
 
 if __name__ == "__main__":

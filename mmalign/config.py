@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from mmalign.errors import ConfigError
@@ -210,6 +211,9 @@ def _explain(options: type[Options], detail: ErrorDetails, root: str) -> str:
     key = ".".join([root, *location] if root else location)
     if detail["type"] == "extra_forbidden":
         section = _node_at(options, location[:-1])
+        for name, field in (section.model_fields if section else {}).items():
+            if location[-1] in _spellings(field):
+                return f"{key}: another spelling of {name}, which is given as well; leave one of them out"
         return _unknown_key(key, location[-1], section.model_fields if section else {}, everywhere=key_paths(options))
     if detail["type"] == "missing":
         return f"{key}: required and not given"
@@ -228,7 +232,7 @@ def _unknown_key(key: str, name: str, known: Iterable[str], everywhere: Iterable
     if elsewhere:
         return f"{key}: unknown key here; did you mean {elsewhere[0]}?"
     paths = difflib.get_close_matches(name, list(everywhere), n=1, cutoff=0.6)
-    hint = f"; did you mean {paths[0]}?" if paths else ""
+    hint = f"; did you mean {paths[0]}?" if paths else "."
     return f"{key}: unknown key{hint} Known in {section or 'the top level'}: {', '.join(sorted(known))}"
 
 
@@ -265,10 +269,11 @@ def document(options: type[BaseModel], prefix: str = "") -> list[FieldDoc]:
     rows: list[FieldDoc] = []
     for name, field in options.model_fields.items():
         path = f"{prefix}{name}"
-        nested = [model for model in _models_in(field.annotation) if issubclass(model, Options)]
+        nested = [model for model in _models_in(field.annotation) if issubclass(model, (Options, Component))]
         default = field.get_default(call_default_factory=True) if not field.is_required() else PydanticUndefined
         shown = "required" if default is PydanticUndefined else _short(default)
-        rows.append(FieldDoc(path, _type_name(field.annotation), shown, " ".join((field.description or "").split())))
+        description = plain_markup(field.description or "") + _other_spellings(name, field)
+        rows.append(FieldDoc(path, _type_name(field.annotation), shown, description))
         for model in nested:
             if f"{path}." not in prefix:
                 rows.extend(document(model, f"{path}."))
@@ -282,16 +287,36 @@ def key_paths(options: type[BaseModel]) -> list[str]:
 
 def _short(value: Any) -> str:
     if isinstance(value, Component):
-        return str({"name": value.name, **value.arguments})
+        given = {"name": value.name, **value.model_dump(include=value.model_fields_set - {"name"}), **value.arguments}
+        return f"{{{', '.join(f'{key}: {_short(item)}' for key, item in given.items())}}}"
     if isinstance(value, BaseModel):
-        return "see below"
-    return "null" if value is None else str(value)
+        return "as below"
+    if isinstance(value, list):
+        return f"[{', '.join(_short(item) for item in value)}]"
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def _type_name(annotation: Any) -> str:
-    text = annotation.__name__ if inspect.isclass(annotation) else str(annotation)
-    text = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text)
+    if inspect.isclass(annotation) and not typing.get_args(annotation):
+        return "null" if annotation is type(None) else str(annotation.__name__)
+    text = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", str(annotation))
+    text = re.sub(r"Literal\[([^\]]*)\]", lambda match: match.group(1).replace("'", "").replace(", ", " | "), text)
     return text.replace("NoneType", "null").replace("None", "null")
+
+
+def plain_markup(text: str) -> str:
+    """A docstring as one line: reStructuredText literals and roles become plain back-quoted words."""
+    text = re.sub(r":\w+:`~?([^`]*)`", r"`\1`", text.replace("``", "`"))
+    return " ".join(text.split())
+
+
+def _spellings(field: FieldInfo) -> list[str]:
+    return [str(choice) for choice in field.validation_alias.choices] if isinstance(field.validation_alias, AliasChoices) else []
+
+
+def _other_spellings(name: str, field: FieldInfo) -> str:
+    others = [spelling for spelling in _spellings(field) if spelling != name]
+    return f" Also written {', '.join(others)}." if others else ""
 
 
 def to_tree(options: BaseModel) -> dict[str, Any]:

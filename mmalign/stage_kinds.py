@@ -243,7 +243,7 @@ def evaluate(options: EvaluateOptions, context: StageContext) -> StageResult:
         save_samples(evaluation, folder)
     metrics = dict(evaluation.metrics)
     if before is not None:
-        metrics |= compare(before["rewards"], evaluation.rewards(), context)
+        metrics |= compare(before["rewards"], evaluation.prompt_means(), context)
     return StageResult({"folder": str(context.folder), "samples": str(target)}, metrics)
 
 
@@ -266,8 +266,8 @@ def compare(
         if name not in before:
             continue
         if len(before[name]) != len(values):
-            raise ConfigError(f"compare_with: the other evaluation has {len(before[name])} samples of {name!r}, this one "
-                              f"{len(values)}; use the same data and completions_per_prompt")
+            raise ConfigError(f"compare_with: the other evaluation has {len(before[name])} prompts of {name!r}, this one "
+                              f"{len(values)}; use the same data")
         kept = [(a, b) for a, b in zip(before[name], values, strict=True) if a == a and b == b]
         difference, error = paired_difference([a for a, _ in kept], [b for _, b in kept])
         first, first_error = mean_and_error([a for a, _ in kept])

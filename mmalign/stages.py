@@ -21,7 +21,7 @@ from mmalign.config import Options, apply_overrides, dump_yaml, parse, read_yaml
 from mmalign.core.registry import Registry, nearest
 from mmalign.core.seeding import derive_seed
 from mmalign.errors import ConfigError, MmalignError
-from mmalign.methods.registry import METHODS
+from mmalign.methods.registry import METHODS, load_entry_point
 from mmalign.training.checkpoint import write_json
 
 STAGE_ENTRY_POINT_GROUP = "mmalign.stages"
@@ -81,7 +81,7 @@ class Stage:
 def _populate() -> None:
     importlib.import_module("mmalign.stage_kinds")
     for entry in entry_points(group=STAGE_ENTRY_POINT_GROUP):
-        entry.load()
+        load_entry_point(entry)
 
 
 STAGES: Registry[Stage] = Registry("stage kind", populate=_populate)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import time
@@ -66,7 +67,7 @@ def word_merges(words: list[str]) -> list[tuple[str, str]]:
     pieces = [(*word[:-1], word[-1] + "</w>") for word in sorted(set(words))]
     merges: list[tuple[str, str]] = []
     while any(len(piece) > 1 for piece in pieces):
-        pairs = [pair for piece in pieces for pair in zip(piece, piece[1:], strict=False)]
+        pairs = [pair for piece in pieces for pair in itertools.pairwise(piece)]
         best = max(sorted(set(pairs)), key=pairs.count)
         merges.append(best)
         merged = []
@@ -177,7 +178,11 @@ def train_vae(vae: AutoencoderKL, images: Tensor, recipe: Recipe) -> dict[str, f
         if step % 100 == 0 or step == recipe.vae_steps - 1:
             print(f"vae {step:5d}  l1 {error.abs().mean():.4f}  mse {error.square().mean():.5f}  kl {kl:.2f}", flush=True)
     vae.eval().requires_grad_(False)
-    return {"seconds": time.perf_counter() - started, "l1": float(error.abs().mean()), "kl_per_latent": float(kl)}
+    return {
+        "seconds": time.perf_counter() - started,
+        "l1": float(error.detach().abs().mean()),
+        "kl_per_latent": float(kl.detach()),
+    }
 
 
 @torch.no_grad()
@@ -200,9 +205,7 @@ def blend(average: nn.Module, current: nn.Module, decay: float) -> None:
         kept.lerp_(new, 1 - decay)
 
 
-def train_diffusion(
-    pipe: StableDiffusionPipeline, latents: Tensor, captions: list[str], recipe: Recipe
-) -> dict[str, Any]:
+def train_diffusion(pipe: StableDiffusionPipeline, latents: Tensor, captions: list[str], recipe: Recipe) -> dict[str, Any]:
     """Trains UNet and text encoder together on cached latents; the pipeline ends up with the averaged weights."""
     started = time.perf_counter()
     vocabulary = sorted({*captions, ""})
@@ -230,7 +233,7 @@ def train_diffusion(
         factor = learning_rate(step, recipe.steps, recipe.warmup)
         optimise(loss, optimiser, factor, recipe.lr, recipe.max_grad_norm)
         blend(average, modules, min(recipe.ema_decay, (1 + step) / (10 + step)))
-        recent.append(float(loss))
+        recent.append(float(loss.detach()))
         if (step + 1) % 100 == 0 or step == recipe.steps - 1:
             curve.append(round(sum(recent) / len(recent), 5))
             print(f"unet {step + 1:5d}  loss {curve[-1]:.4f}  {time.perf_counter() - started:.0f} s", flush=True)
@@ -242,9 +245,7 @@ def train_diffusion(
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """Token ids ``[N, L]``, padded as the pipeline pads them."""
-    encoded = tokenizer(
-        texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
+    encoded = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
     return encoded.input_ids
 
 
@@ -252,10 +253,7 @@ def mean_scores(images: list[Any], captions: list[str]) -> dict[str, float]:
     """Mean of each checker score over the pictures it applies to."""
     results = [check_image(image, text) for image, text in zip(images, captions, strict=True)]
     names = results[0].keys()
-    return {
-        name: round(float(np.mean([value for item in results if (value := item[name]) is not None])), 4)
-        for name in names
-    }
+    return {name: round(float(np.mean([value for item in results if (value := item[name]) is not None])), 4) for name in names}
 
 
 def evaluate(pipe: StableDiffusionPipeline, recipe: Recipe, guidance: float) -> dict[str, Any]:
@@ -301,7 +299,7 @@ def save_samples(pipe: StableDiffusionPipeline, recipe: Recipe, path: Path, guid
 
 def train(recipe: Recipe) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
     """Builds and trains the pipeline; returns it with the metrics of ``training.json``."""
-    started = time.perf_counter()
+    started, started_cpu = time.perf_counter(), time.process_time()
     rows = make_shapes(recipe.images, recipe.size, recipe.seed, split="train")
     pixels = np.stack([np.asarray(row["image"]) for row in rows])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -344,15 +342,27 @@ def train(recipe: Recipe) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
     pipe.set_progress_bar_config(disable=True)
     metrics["diffusion"] = train_diffusion(pipe, latents, [row["prompt"] for row in rows], recipe)
     metrics["training_seconds"] = round(time.perf_counter() - started, 1)
+    metrics["training_cpu_seconds"] = round(time.process_time() - started_cpu, 1)
     return pipe, metrics
+
+
+def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """Writes the pipeline: UNet and autoencoder in half precision, which diffusers widens again on loading.
+
+    The text encoder stays in single precision, because transformers would load it in the precision it is stored in.
+    ``vocab.json`` and ``merges.txt`` are written beside ``tokenizer.json`` for readers that know only those.
+    """
+    pipe.unet.half()
+    pipe.vae.half()
+    pipe.save_pretrained(folder, safe_serialization=True)
+    pipe.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)
 
 
 def parameter_counts(pipe: StableDiffusionPipeline) -> dict[str, int]:
     """Number of weights of each network."""
-    return {
-        name: sum(weight.numel() for weight in getattr(pipe, name).parameters())
-        for name in ("vae", "text_encoder", "unet")
-    }
+    return {name: sum(weight.numel() for weight in getattr(pipe, name).parameters()) for name in ("vae", "text_encoder", "unet")}
 
 
 def main() -> None:
@@ -368,10 +378,10 @@ def main() -> None:
     torch.set_num_threads(threads)
     recipe = Recipe(**options)
     pipe, metrics = train(recipe)
-    # Half precision on disk; the scores are those of the stored weights.
-    pipe.to(torch.float16).to(torch.float32)
-    pipe.to(torch.float16).save_pretrained(output, safe_serialization=True)
-    pipe.to(torch.float32)
+    save(pipe, output)
+    # The scores are those of the stored weights, as a user loads them.
+    pipe = StableDiffusionPipeline.from_pretrained(output, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
     metrics["guidance"] = {str(scale): evaluate(pipe, recipe, scale) for scale in (1.0, 3.0)}
     metrics |= {"recipe": asdict(recipe), "parameters": parameter_counts(pipe), "threads": threads}
     (output / "training.json").write_text(json.dumps(metrics, indent=1) + "\n")

@@ -12,9 +12,20 @@ from torch import nn
 
 from mmalign.checks.findings import Findings
 from mmalign.checks.rewards import check_reward_spec, missing_columns
-from mmalign.checks.rows import LOOKED_AT, check_encoding, check_prompts, check_values, first_rows, local_tokenizer, possible_uses
+from mmalign.checks.rows import (
+    LOOKED_AT,
+    check_encoding,
+    check_pictures,
+    check_prompts,
+    check_values,
+    first_rows,
+    local_tokenizer,
+    possible_uses,
+)
 from mmalign.config import Options, bind, parse
+from mmalign.data.assets import is_asset
 from mmalign.data.chat import TextEncoding
+from mmalign.data.columns import is_messages
 from mmalign.data.loading import DataOptions, load_rows
 from mmalign.errors import ConfigError, MmalignError
 from mmalign.methods.registry import METHODS, Method
@@ -34,10 +45,11 @@ def check_config(path: Path, overrides: Sequence[str], findings: Findings) -> No
     count = len(plan.stages)
     findings.ok(f"{path}: {count} stage{'s' if count != 1 else ''} ({', '.join(stage.name for stage in plan.stages)}), "
                 "every key is known")
+    rewards_done: set[tuple[str, str]] = set()
     for planned in plan.stages:
         where = "" if plan.single else f"stages.{planned.name}"
         with findings.guard(where or planned.name):
-            StageCheck(plan, planned, where, findings).run()
+            StageCheck(plan, planned, where, findings, rewards_done).run()
 
 
 NEEDED = {
@@ -50,8 +62,12 @@ NEEDED = {
 class StageCheck:
     """The checks of one stage; what an earlier stage will make is not looked at."""
 
-    def __init__(self, plan: Plan, planned: PlannedStage, where: str, findings: Findings) -> None:
+    def __init__(
+        self, plan: Plan, planned: PlannedStage, where: str, findings: Findings, rewards_done: set[tuple[str, str]],
+    ) -> None:
         self.plan, self.planned, self.findings = plan, planned, findings
+        self.rewards_done = rewards_done
+        """Rewards tried on the same rows by an earlier stage."""
         self.prefix = f"{where}." if where else ""
         self.options: Options = parse(planned.stage.options, planned.tree, root=where)
         self.method: Method | None = METHODS.get(planned.kind) if planned.kind in METHODS else None
@@ -73,6 +89,8 @@ class StageCheck:
                 self._rewards("evaluation.rewards", evaluation.rewards, held_out)
             if model_known == "text":
                 self._encoding(rows)
+            elif model_known == "diffusion" and self.method is not None and not self.method.rollout:
+                self._pictures(rows)
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
@@ -80,7 +98,7 @@ class StageCheck:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         with self.findings.guard(f"{self.prefix}batch"):
             shape = resolve_batch(options.batch, world_size=world, rollout=method.rollout)
-            sizes = ", ".join(f"{value} {label}" for label, value in shape.table())
+            sizes = ", ".join(f"{label} {value}" for label, value in shape.table())
             self.findings.ok(f"{self.prefix}batch: {sizes}")
         with self.findings.guard(f"{self.prefix}tuning"):
             tuning = make_tuning(options.tuning)
@@ -124,7 +142,7 @@ class StageCheck:
             return None
         with self.findings.guard(key):
             path = resolve_model_path(model.path, key=key)
-            if not Path(path).is_dir():
+            if not Path(path).is_dir() and not is_asset(model.path):
                 self.findings.warn(f"{key}: {model.path!r} is not on this machine; the run will fetch it from the hub")
                 return None
             modality = "diffusion" if model_kind(path).startswith("diffusion") else "text"
@@ -144,7 +162,8 @@ class StageCheck:
             self.findings.ok(f"{key}.path: made by an earlier stage ({options.path})")
             return []
         with self.findings.guard(key):
-            rows = load_rows(options, seed=self.planned.seed, key=key)
+            # Evaluations read the same rows whatever the seed, so that two of them can be compared.
+            rows = load_rows(options, seed=0 if self.planned.kind == "evaluate" else self.planned.seed, key=key)
             examples = first_rows(rows, LOOKED_AT)
             self.findings.ok(f"{key}: {len(rows)} rows; columns {', '.join(examples[0])}")
             check_values(examples, self.findings)
@@ -183,6 +202,13 @@ class StageCheck:
             else:
                 check_encoding(rows, tokenizer, encoding, self._fields(), self.findings, what=f"{self.prefix}encoding")
 
+    def _pictures(self, rows: list[dict[str, Any]]) -> None:
+        """The first pictures, and captions that the model's text encoder would cut."""
+        model = getattr(self.options, "model", None)
+        assert isinstance(model, ModelOptions)
+        with self.findings.guard(f"{self.prefix}data"):
+            check_pictures(rows, self._fields(), Path(resolve_model_path(model.path)), self.findings, what=f"{self.prefix}data")
+
     def _rewards(self, name: str, rewards: Any, rows: list[dict[str, Any]]) -> None:
         for index, option in enumerate(rewards or []):
             if not isinstance(option, RewardOptions):
@@ -193,7 +219,11 @@ class StageCheck:
                 if missing:
                     raise ConfigError(f"{key}: reward {option.name!r} needs the data column {missing[0]!r}; columns are "
                                       f"{', '.join(rows[0])}")
-                check_reward_spec(option, self.findings, samples=_samples(rows), config_folder=self.plan.config_folder, key=key)
+                once = (option.model_dump_json(), repr(_samples(rows)))
+                if once not in self.rewards_done:
+                    self.rewards_done.add(once)
+                    check_reward_spec(option, self.findings, samples=_samples(rows), key=key,
+                                      config_folder=self.plan.config_folder)
 
     def _leak(self, rows: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:
         if self.method is None or self.method.modality != "text":
@@ -206,10 +236,23 @@ class StageCheck:
 
 
 def _samples(rows: list[dict[str, Any]]) -> list[Mapping[str, Any]] | None:
-    """Rows that hold something to score; None lets the checker use its own."""
-    if any("images" in row for row in rows[:3]):
-        return [{**row, "image": row["images"][0]} for row in rows[:3] if row.get("images")] or None
-    return list(rows[:3]) if any(name in rows[0] for name in ("completion", "gold", "answer", "chosen")) else None
+    """A row with its own sample, one with another row's, and (text) one with an empty sample; None when rows hold none.
+
+    Three right answers would all get the same value, and an empty completion is what untrained models write.
+    """
+    if len(rows) < 3 or "prompt" not in rows[0]:
+        return None
+    if rows[0].get("images"):
+        pictures = [row["images"][0] for row in rows[:3]]
+        return [{**row, "image": pictures[i]} for row, i in zip(rows[:3], (0, 2, 1), strict=True)]
+    source = next((name for name in ("completion", "gold", "answer", "chosen") if rows[0].get(name) is not None), None)
+    if source is None or not isinstance(rows[0][source], (str, list)):
+        return None
+    other = next((row[source] for row in rows if row[source] != rows[1][source]), rows[1][source])
+    completions = [rows[0][source], other, ""]
+    if is_messages(rows[0]["prompt"]):
+        completions = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
+    return [{**row, "completion": c} for row, c in zip(rows[:3], completions, strict=True)]
 
 
 def _known(find: Callable[[str], Any], name: str, key: str) -> Any:

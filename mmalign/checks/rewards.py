@@ -12,7 +12,10 @@ from mmalign.config import apply_overrides, parse
 from mmalign.rewards.probe import check_reward
 from mmalign.rewards.registry import RewardOptions, load_object, traits
 
-_FORMS = {"images": "image", "messages": "message", "given": "data"}
+_FORMS = {
+    "text": "three text samples", "messages": "three message samples", "images": "three images",
+    "given": "a row's own sample, another row's, and an empty or a third one",
+}
 
 
 def reward_options(name: str, overrides: Sequence[str] = ()) -> RewardOptions:
@@ -44,7 +47,7 @@ def check_reward_spec(
             findings.warn(f"{where}reward {found.name}: {warning}")
         if found.values:
             shown = ", ".join("None" if value is None else f"{value:.4g}" for value in found.values)
-            findings.ok(f"{where}reward {found.name} on three {_FORMS.get(found.form, found.form)} samples: {shown} ({found.seconds:.3f} s)")
+            findings.ok(f"{where}reward {found.name} on {_FORMS.get(found.form, found.form)}: {shown} ({found.seconds:.3f} s)")
 
 
 def _signature(function: Any, asks: Sequence[str]) -> list[str]:

@@ -19,6 +19,8 @@ LOOKED_AT = 1000
 """Rows that are looked at one by one."""
 ENCODED = 200
 """Rows that are tokenised."""
+PICTURES = 64
+"""Rows whose pictures are read."""
 
 Examples = Sequence[Mapping[str, Any]]
 
@@ -187,6 +189,30 @@ def check_prompts(examples: Examples, tokenizer: Any, findings: Findings, encodi
     over = sum(length >= encoding.max_length for length in lengths) if encoding.max_length else 0
     if over:
         findings.fail(f"prompts: {over} of {len(ids)} have encoding.max_length = {encoding.max_length} tokens or more")
+
+
+def check_pictures(
+    examples: Examples, fields: tuple[str, ...], model: Path, findings: Findings, *, what: str,
+) -> None:
+    """Read the first pictures as training would, and count captions longer than the model's text encoder takes."""
+    from mmalign.policies.image_examples import prepare_images
+
+    limit, tokenizer = 0, None
+    if (model / "tokenizer").is_dir():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(model / "tokenizer"))
+        limit = tokenizer.model_max_length
+
+    def cut(captions: Sequence[str]) -> list[bool]:
+        return [tokenizer is not None and len(tokenizer(caption)["input_ids"]) > limit for caption in captions]
+
+    _, report = prepare_images(examples[:PICTURES], fields, smallest=8, truncated=cut)
+    findings.ok(f"{what}: {report.kept} of {report.rows} rows with pictures kept; the first: {report.example}")
+    for reason, count in report.dropped.items():
+        findings.warn(f"{what}: {count} of {report.rows} rows would be dropped: {reason}")
+    if report.truncated:
+        findings.warn(f"{what}: {report.truncated} of {report.rows} captions are longer than the text encoder's {limit} tokens")
 
 
 def _shorten(text: str, limit: int = 1200) -> str:

@@ -257,7 +257,7 @@ def combine_rewards(
     """One reward ``[B]`` from ``rewards[B, R]`` (NaN = not applicable) and ``weights[R]``; NaN where none applied.
 
     ``sum_then_normalize`` is the weighted sum of those that apply. ``normalize_then_sum`` standardises each reward within
-    its group first (GDPO) and needs ``group[B]``.
+    its group first and needs ``group[B]``; followed by ``reinforce_pp_baseline`` (whose group means are then 0) it is GDPO.
     """
     if rewards.dim() != 2 or weights.shape != rewards.shape[1:]:
         raise ValueError(f"rewards and weights have shapes {tuple(rewards.shape)} and {tuple(weights.shape)}; [B, R] and [R]")

@@ -297,9 +297,8 @@ class _ScorePositions(torch.autograd.Function):
             scores, rows, flatness = _forward(blocks, want_rows=frozen)
         ctx.options, ctx.needs, ctx.frozen = options, needs, frozen
         if any(needs):
-            ctx.save_for_backward(
-                hidden, weight, bias, targets, scores["lse"], scores.get("entropy"), flatness, rows
-            )
+            kept = (scores["logp"], scores["lse"], scores.get("entropy"), flatness, rows)
+            ctx.save_for_backward(hidden, weight, bias, targets, *kept)
         ctx.mark_non_differentiable(*(scores[name] for name in options.names if name in DETACHED))
         return tuple(scores[name] for name in options.names)
 
@@ -307,7 +306,7 @@ class _ScorePositions(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         options: _Options = ctx.options
-        hidden, weight, bias, targets, lse, entropy, flatness, rows = ctx.saved_tensors
+        hidden, weight, bias, targets, logp, lse, entropy, flatness, rows = ctx.saved_tensors
         named = zip(options.names, grads, strict=True)
         upstream = {name: grad for name, grad in named if grad is not None and name in DIFFERENTIABLE}
         if not upstream:
@@ -317,7 +316,7 @@ class _ScorePositions(torch.autograd.Function):
                 grad = _from_rows(upstream, weight, targets, flatness, rows, options)
                 return grad.to(hidden.dtype), None, None, None, None
             blocks = _Blocks(hidden, weight, bias, targets, options, spare="entropy" in upstream)
-            return *_backward(blocks, lse, entropy, upstream, ctx.needs), None, None
+            return *_backward(blocks, logp, lse, entropy, upstream, ctx.needs), None, None
 
 
 def _forward(blocks: _Blocks, *, want_rows: bool) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
@@ -359,9 +358,11 @@ def _forward(blocks: _Blocks, *, want_rows: bool) -> tuple[dict[str, Tensor], Te
             powers.mul_(slopes)
         rows.mul_(shrink.unsqueeze(1))
         _add_product(rows, blocks.operand(powers), block.weight)
-    partition = others + (chosen - largest).exp()
-    log_partition = partition.log()
-    scores = {"logp": (chosen - largest) - log_partition, "lse": largest + log_partition}
+    behind = chosen - largest
+    partition = others + behind.exp()
+    # log(partition) without rounding near 1: where the target has the largest logit, logp = -log1p(others).
+    log_partition = torch.log1p(others + torch.expm1(behind))
+    scores = {"logp": behind - log_partition, "lse": largest + log_partition}
     if "entropy" in options.names:
         scores["entropy"] = log_partition - weighted / partition
     if "mean_logp" in options.names:
@@ -379,6 +380,7 @@ def _forward(blocks: _Blocks, *, want_rows: bool) -> tuple[dict[str, Tensor], Te
 
 def _backward(
     blocks: _Blocks,
+    logp: Tensor,
     lse: Tensor,
     entropy: Tensor | None,
     upstream: dict[str, Tensor],
@@ -403,7 +405,7 @@ def _backward(
         log_p = block.logits.sub_(lse.unsqueeze(1))
         if by_row:
             dz = log_p.exp_()
-            block.add_target(dz, -1.0)
+            block.put_target(dz, torch.expm1(logp))  # p_y - 1, with its relative precision
         else:
             dz = _logit_gradient(block, log_p, entropy, upstream, weight.shape[0])
         operand = blocks.operand(dz)

@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from mmalign.core.logprobs import masked_log_mean_exp
 from mmalign.core.registry import Registry
 
 PolicyLoss = Callable[..., Tensor]
@@ -119,6 +120,22 @@ def cispo(
         raise ValueError(f"clip_high is {clip_high}; it must be positive")
     weight = policy_ratio(logp, old_logp, mask).detach().clamp(max=clip_high)
     return -weight * _aligned(advantages, weight) * logp
+
+
+def disco(score: Tensor, positive: Tensor, group: Tensor, *, tau: float = math.inf) -> Tensor:
+    """``tau log mean exp(s- / tau) - mean s+`` of each group, ``[Q]``; 0 for groups all right or all wrong.
+
+    Discriminative constrained optimisation (Li et al. 2025, arXiv 2505.12366): ``score[B]`` of a response is its mean
+    log-prob or mean ratio, ``positive[B]`` whether it is right, ``group[B]`` ids from 0. ``tau`` inf is DisCO-b, the
+    plain difference of means.
+    """
+    positive = positive.to(torch.bool)
+    right = masked_log_mean_exp(score, group, positive, tau=math.inf)
+    wrong = masked_log_mean_exp(score, group, ~positive, tau=tau)
+    counts = torch.zeros(2, right.shape[0], dtype=torch.long, device=score.device)
+    counts[0].index_add_(0, group, positive.long())
+    counts[1].index_add_(0, group, (~positive).long())
+    return torch.where((counts > 0).all(0), wrong - right, torch.zeros_like(right))
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float = 0.2) -> Tensor:

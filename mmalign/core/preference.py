@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from mmalign.core.logprobs import ActionScores
 from mmalign.core.registry import Registry
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
@@ -83,9 +84,13 @@ def _check(beta: float, *tensors: Tensor) -> None:
         raise ValueError(f"scores have shapes {sorted(shapes)}; all must be [B]")
 
 
-def _flip_rate(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    if not (low < value if open_low else low <= value) or not value < high:
-        raise ValueError(f"label_smoothing of {name} is {value}; it must lie in {'(' if open_low else '['}{low}, {high})")
+def _flip_rate(name: str, value: float, interval: str) -> None:
+    """Check a rate against an interval written as in mathematics, such as ``[0, 0.5)``."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below):
+        raise ValueError(f"label_smoothing of {name} is {value}; it must lie in {interval}")
 
 
 def _log1mexp(x: Tensor) -> Tensor:
@@ -106,7 +111,7 @@ def sigmoid(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float =
 def cdpo(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Tensor:
     """``-(1 - e) log sigmoid(beta D) - e log sigmoid(-beta D)``: labels are flipped with rate ``e``. Mitchell 2023."""
     _check(beta, chosen_logratio, rejected_logratio)
-    _flip_rate("cdpo", label_smoothing, 0, 1 + 1e-12)
+    _flip_rate("cdpo", label_smoothing, "[0, 1]")
     z = beta * (chosen_logratio - rejected_logratio)
     return -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
 
@@ -118,7 +123,7 @@ def robust(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 
     Source: Chowdhury et al. 2024, arXiv 2403.00409, equation 12.
     """
     _check(beta, chosen_logratio, rejected_logratio)
-    _flip_rate("robust", label_smoothing, 0, 0.5)
+    _flip_rate("robust", label_smoothing, "[0, 0.5)")
     z = beta * (chosen_logratio - rejected_logratio)
     return (-(1 - label_smoothing) * logsigmoid(z) + label_smoothing * logsigmoid(-z)) / (1 - 2 * label_smoothing)
 
@@ -162,7 +167,7 @@ def exo(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.1
     ``q (log q - log(1 - e)) + (1 - q) (log(1 - q) - log e)``. Ji et al. 2024, arXiv 2402.00856, equation 16.
     """
     _check(beta, chosen_logratio, rejected_logratio)
-    _flip_rate("exo", label_smoothing, 0, 1, open_low=True)
+    _flip_rate("exo", label_smoothing, "(0, 1)")
     z = beta * (chosen_logratio - rejected_logratio)
     return (z.sigmoid() * (logsigmoid(z) - math.log1p(-label_smoothing))
             + (-z).sigmoid() * (logsigmoid(-z) - math.log(label_smoothing)))
@@ -191,7 +196,21 @@ def sppo_hard(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float
     return (chosen_logratio - target).square() + (rejected_logratio + target).square()
 
 
-@preference_loss("aot", inputs=("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp"), coupling="update")
+@preference_loss("sppo_soft", inputs=("chosen_logratio", "rejected_logratio", "win_prob"))
+def sppo_soft(chosen_logratio: Tensor, rejected_logratio: Tensor, win_prob: Tensor, *, beta: float = 1e-3) -> Tensor:
+    """``(u_w - (P - 1/2) / b)^2 + (u_l + (P - 1/2) / b)^2`` with the estimated win rate P of the chosen sample.
+
+    Wu et al. 2024, arXiv 2405.00675, equation 4.7; P = 1 is :func:`sppo_hard`. Raises ValueError for P outside [0, 1].
+    """
+    _check(beta, chosen_logratio, rejected_logratio, win_prob)
+    if bool(((win_prob < 0) | (win_prob > 1)).any()):
+        raise ValueError("win_prob must lie in [0, 1]: the estimated probability that chosen beats rejected")
+    target = (win_prob - 0.5) / beta
+    return (chosen_logratio - target).square() + (rejected_logratio + target).square()
+
+
+@preference_loss("aot", inputs=("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp"), coupling="update",
+                 aliases=("aot_pair",))
 def aot(
     chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, *, beta: float = 0.01,
     label_smoothing: float = 0.0,
@@ -202,7 +221,7 @@ def aot(
     return cdpo(policy, reference, beta=beta, label_smoothing=label_smoothing)
 
 
-@preference_loss("aot_unpaired", coupling="update", aliases=("aot_pair",))
+@preference_loss("aot_unpaired", coupling="update")
 def aot_unpaired(
     chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.01, label_smoothing: float = 0.0,
 ) -> Tensor:
@@ -273,9 +292,12 @@ def odds_ratio(chosen_logratio: Tensor, rejected_logratio: Tensor) -> Tensor:
 
 @preference_loss("bt_reward", inputs=("chosen_logp", "rejected_logp"), reference=False, aliases=("bradley_terry",))
 def bt_reward(
-    chosen_logp: Tensor, rejected_logp: Tensor, *, margin: float = 0.0, center_coef: float = 0.0,
+    chosen_logp: Tensor, rejected_logp: Tensor, *, margin: Tensor | float = 0.0, center_coef: float = 0.0,
 ) -> Tensor:
-    """``-log sigmoid(r_w - r_l - margin) + c (r_w + r_l)^2`` on reward scores. Centring: arXiv 2312.09244."""
+    """``-log sigmoid(r_w - r_l - margin) + c (r_w + r_l)^2`` on reward scores; ``margin`` is one number or ``[B]``.
+
+    Margin: Touvron et al. 2023 (Llama 2), arXiv 2307.09288, equation 2. Centring: Eisenstein et al. 2023, arXiv 2312.09244.
+    """
     _check(1.0, chosen_logp, rejected_logp)
     return -logsigmoid(chosen_logp - rejected_logp - margin) + center_coef * (chosen_logp + rejected_logp).square()
 
@@ -334,9 +356,33 @@ def apo_zero_unpaired(logratio: Tensor, label: Tensor, *, beta: float = 0.1) -> 
     return torch.where(_labels(logratio, label), (-beta * logratio).sigmoid(), (beta * logratio).sigmoid())
 
 
-def wpo_weights(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Detached pair weights ``exp(mean_t[logp - log sum p^2])`` of both samples multiplied; arguments are those means ``[B]``.
+def wpo_weights(scores: ActionScores, mask: Tensor | None = None) -> Tensor:
+    """Detached weights ``exp(mean_t[log p(y_t) - log sum_v p(v)^2])`` of samples, ``[B]``; a pair's weight is the product.
 
-    Source: Zhou et al. 2024, arXiv 2406.11827, equation 5.
+    Zhou et al. 2024 (WPO), arXiv 2406.11827, equation 5. Needs scores with ``want=("sum_p2",)``. Do not combine with
+    losses that sort (``aot``): the weights would belong to other pairs.
     """
-    return (chosen + rejected).detach().exp()
+    if scores.sum_p2 is None:
+        raise ValueError('scores.sum_p2 is missing; compute the scores with want=("sum_p2",)')
+    keep = scores.mask if mask is None else mask.to(torch.bool)
+    gap = scores.logp.detach() - scores.sum_p2.detach().clamp(min=torch.finfo(scores.sum_p2.dtype).tiny).log()
+    return (torch.where(keep, gap, torch.zeros_like(gap)).sum(1) / keep.sum(1).clamp(min=1)).exp()
+
+
+def clipped_logratio(logp: Tensor, ref_logp: Tensor, *, eps: float) -> Tensor:
+    """``log clip(exp(logp - ref_logp), 1 - eps, 1 + eps)``, shape of ``logp``; no gradient outside the range.
+
+    What D3PO (Yang et al. 2023, arXiv 2311.13231) and SPO (Liang et al. 2024, arXiv 2406.04314) hand to
+    :func:`sigmoid`. Raises ValueError for ``eps`` outside (0, 1).
+    """
+    if not 0 < eps < 1:
+        raise ValueError(f"eps is {eps}; it must lie in (0, 1)")
+    return (logp - ref_logp).clamp(math.log1p(-eps), math.log1p(eps))
+
+
+TRL_LOSS_TYPES = {
+    "sigmoid": "sigmoid", "sigmoid_norm": "sigmoid_len", "hinge": "hinge", "ipo": "ipo", "exo_pair": "exo", "nca_pair": "nca",
+    "robust": "robust", "bco_pair": "bco", "sppo_hard": "sppo_hard", "aot": "aot", "aot_unpaired": "aot_unpaired",
+    "apo_zero": "apo_zero", "apo_down": "apo_down", "discopop": "discopop", "sft": "nll",
+}
+"""``loss_type`` of TRL's DPOConfig -> name here. ``sigmoid_norm`` is length-normalised there, so it is no alias of ours."""

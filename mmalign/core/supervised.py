@@ -53,17 +53,26 @@ def dft(scores: ActionScores) -> Tensor:
 
 
 @supervised_loss("label_smoothed_nll", want=("mean_logp",))
-def label_smoothed_nll(scores: ActionScores, *, label_smoothing: float = 0.1, smoothing_form: str = "uniform") -> Tensor:
+def label_smoothed_nll(
+    scores: ActionScores, *, label_smoothing: float = 0.1, smoothing_form: str = "uniform", vocabulary: int | None = None,
+) -> Tensor:
     """Cross-entropy against a smoothed label, ``[B, A]``.
 
-    ``uniform`` (as torch): ``(1 - e) nll + e * mean_v(-log p_v)``. Szegedy et al. 2016, arXiv 1512.00567.
-    Raises ValueError for ``label_smoothing`` outside [0, 1) or an unknown form.
+    ``uniform`` (torch): ``(1 - e) nll + e mean_v(-log p_v)``. ``others`` (fairseq): the label keeps ``1 - e`` and the
+    other ``vocabulary - 1`` entries share ``e``; it needs the size of the vocabulary. Szegedy et al. 2016, arXiv
+    1512.00567. Raises ValueError for ``label_smoothing`` outside [0, 1), an unknown form, or a missing ``vocabulary``.
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1)")
-    if smoothing_form != "uniform":
-        raise ValueError(f"smoothing_form is {smoothing_form!r}; allowed is uniform")
-    return -(1 - label_smoothing) * scores.logp - label_smoothing * _needed(scores, "mean_logp")
+    if smoothing_form not in ("uniform", "others"):
+        raise ValueError(f"smoothing_form is {smoothing_form!r}; allowed are uniform and others")
+    mean_logp = _needed(scores, "mean_logp")
+    if smoothing_form == "others":
+        if vocabulary is None or vocabulary < 2:
+            raise ValueError(f"vocabulary is {vocabulary}; smoothing_form others needs the number of entries, at least 2")
+        # Mass m spread evenly over all entries gives the label m / V too: choose m so that each other entry gets e / (V - 1).
+        label_smoothing = label_smoothing * vocabulary / (vocabulary - 1)
+    return -(1 - label_smoothing) * scores.logp - label_smoothing * mean_logp
 
 
 @supervised_loss("z_loss", want=("lse",))

@@ -70,7 +70,8 @@ def load_rows(options: DataOptions, seed: int = 0, *, key: str = "data") -> data
     try:
         return _load(options, seed)
     except (AssetError, DataError) as error:
-        raise type(error)(re.sub(r"\bdata\.(?=(?:path|split|name|limit|columns|arguments)\b)", f"{key}.", str(error))) from None
+        message = re.sub(r"\bdata\.(?=(?:path|split|name|limit|columns|arguments)\b)", f"{key}.", str(error))
+        raise type(error)(message) from error.__cause__
 
 
 def _load(options: DataOptions, seed: int) -> datasets.Dataset | list[dict[str, Any]]:
@@ -236,7 +237,8 @@ def _check_json(path: Path, options: DataOptions) -> None:
         start = stream.read(4096).lstrip("\ufeff \t\r\n")
         if start.startswith("["):
             if start[1:].lstrip()[:1] not in ("{", "]", ""):
-                raise DataError(f"data.path: {options.path} must be a list of objects with columns, or one object per line")
+                raise DataError(f"data.path: {options.path} must be a list of objects with columns, or one "
+                                f"object per line")
             return
         stream.seek(0)
         for number, line in enumerate(stream, start=1):

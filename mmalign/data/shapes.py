@@ -221,9 +221,7 @@ def attributes_of(scene: Scene) -> ShapeAttributes:
         )
     shape, color = next(iter(kinds))
     first = scene.objects[0]
-    return ShapeAttributes(
-        shape, color, len(scene.objects), region_of(first.x, first.y) if len(scene.objects) == 1 else None
-    )
+    return ShapeAttributes(shape, color, len(scene.objects), region_of(first.x, first.y) if len(scene.objects) == 1 else None)
 
 
 def caption(scene: Scene) -> str:

@@ -101,7 +101,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     # A fresh configuration and model carry the weights and no mark of the quantised file they came from. Padding must
     # not be the end-of-turn token: it would get no gradient in the embedding, nor a label in many collators.
     settings: dict[str, Any] = loaded.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "architectures"):
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "dtype",
+                "architectures"):
         settings.pop(key, None)
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     settings |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}

@@ -262,19 +262,31 @@ class ChatTemplate:
                      for n, speaker in enumerate(speakers)]
 
     def _closed(self, ids: Sequence[int], turn: Turn) -> Turn:
-        """The turn extended by the end token (and white space before it) where its span stops short of it."""
-        if turn.complete or (turn.stop > turn.start and self._closing(ids, turn)[0] < turn.stop):
+        """An incomplete turn extended by the end token after its span (if it stops short of it) and its separator."""
+        if turn.complete:
             return turn
         stop = turn.stop
-        while stop < len(ids) and ids[stop] not in self.special_ids and not str(self.tokenizer.decode([ids[stop]])).strip():
+        if turn.stop == turn.start or self._closing(ids, turn)[0] == turn.stop:
+            stop = self._past_space(ids, stop)
+            if stop == len(ids) or ids[stop] not in self.end_ids:
+                return turn
             stop += 1
-        return replace(turn, stop=stop + 1) if stop < len(ids) and ids[stop] in self.end_ids else turn
+        return replace(turn, stop=self._past_space(ids, stop))
+
+    def _past_space(self, ids: Sequence[int], position: int) -> int:
+        """The first position from ``position`` on that is a special token or holds more than white space."""
+        while position < len(ids) and ids[position] not in self.special_ids and self._is_space(ids[position]):
+            position += 1
+        return position
+
+    def _is_space(self, token: int) -> bool:
+        return not str(self.tokenizer.decode([token])).strip()
 
     def _closing(self, ids: Sequence[int], turn: Turn) -> tuple[int, int]:
         """``(first end token, first separator token)`` of a turn; both ``turn.stop`` when it has no end token."""
         separator = turn.stop
         while separator > turn.start and ids[separator - 1] not in self.special_ids:
-            if str(self.tokenizer.decode([ids[separator - 1]])).strip():
+            if not self._is_space(ids[separator - 1]):
                 return turn.stop, turn.stop
             separator -= 1
         end = separator

@@ -194,13 +194,10 @@ def _write_provenance(source: Source, kind: str, folder: Path) -> None:
         "base_model": record.pop("base_model", None) or source.base_id or source.base,
         "base_path": record.pop("base_path", None), "base_hash": record.pop("base_hash", None), "method": record.pop("method", None),
     }
-    if kind in ("adapter", "diffusers_lora", "unet") and source.base_folder is not None:
-        given["base_path"] = str(source.base_folder)
-        record["base_weights"] = hash_weights(source.base_folder)
-    else:
-        # A complete model needs no base: its path on this machine would only be noise elsewhere.
-        record.setdefault("base_weights", None)
-        given["base_path"] = None
+    needs_base = kind in ("adapter", "diffusers_lora", "unet") and source.base_folder is not None
+    # A path of this machine is kept only where nothing else leads to the base.
+    given["base_path"] = str(source.base_folder) if needs_base and source.base_id is None else None
+    record["base_weights"] = hash_weights(source.base_folder) if needs_base and source.base_folder else record.get("base_weights")
     write_provenance(folder, modality=modality, exported_as=kind, **given, **{k: v for k, v in record.items() if k != "exported_as"})
 
 

@@ -127,15 +127,28 @@ def settle_tied_embeddings(model: Any) -> bool:
     if head is None or embedding is None or not getattr(text, "tie_word_embeddings", False):
         return False
     if head.weight.shape == embedding.weight.shape and torch.equal(head.weight, embedding.weight):
+        head.weight = embedding.weight  # equal copies are stored once
         return False
     if head.weight is embedding.weight:  # NaN is unequal to itself
         raise ExportError("the embeddings hold NaN; the model cannot be exported")
-    for config in (model.config, text):
-        config.tie_word_embeddings = False
+    set_tied_flag(model, False)
     # transformers 5 keeps the resolved list of tied names, from which it decides what to leave out of the files.
     if hasattr(model, "all_tied_weights_keys"):
         model.all_tied_weights_keys = {}
     return True
+
+
+def tied_flag(folder: str | Path) -> bool:
+    """Whether the configuration in ``folder`` says that input and output embeddings are one matrix."""
+    from transformers import AutoConfig
+
+    return bool(getattr(AutoConfig.from_pretrained(folder).get_text_config(), "tie_word_embeddings", False))
+
+
+def set_tied_flag(model: Any, tied: bool) -> None:
+    """Write the flag into the model's configuration and that of its text part."""
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = tied
 
 
 def copy_tokenizer(folders: Sequence[Path], target: Path) -> None:
@@ -277,6 +290,7 @@ def write_merged(
     base = source.need_base("merging")
     model = load_with_adapter(base, source.folder)
     expected = probe_logits(model)
+    tied = tied_flag(base)
     separate_head(model)
     if not hasattr(model.base_model, "merge_and_unload"):
         kind = read_json(source.folder / "adapter_config.json").get("peft_type")
@@ -285,6 +299,8 @@ def write_merged(
         merged = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError, AttributeError) as error:
         raise ExportError(f"kind: this adapter cannot be merged ({error}); export kind=adapter") from error
+    # peft may have switched the flag off; whether the merged matrices are equal decides, not the adapter's form.
+    set_tied_flag(merged, tied)
     name = dtype or (stored_dtype(source.base_folder) if source.base_folder else None) or "float32"
     folders = [source.folder, *([source.base_folder] if source.base_folder else [])]
     save_model(merged, target, name, max_shard_size, folders)

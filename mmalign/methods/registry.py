@@ -6,11 +6,12 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from mmalign.config import Options
 from mmalign.core.registry import Registry
+from mmalign.errors import ConfigError
 
 ENTRY_POINT_GROUP = "mmalign.methods"
 BuilderT = TypeVar("BuilderT", bound=Callable[..., Any])
@@ -34,6 +35,15 @@ class Method:
     """Whether it samples from the policy while training."""
 
 
+def load_entry_point(entry: EntryPoint) -> Any:
+    """The object behind an entry point; raises ConfigError naming the package when it cannot be imported."""
+    try:
+        return entry.load()
+    except ImportError as error:
+        raise ConfigError(f"the entry point {entry.name!r} ({entry.value}) of group {entry.group} cannot be imported: "
+                          f"{error}. Repair or uninstall the package that declares it") from error
+
+
 def _populate() -> None:
     import mmalign.methods as package
 
@@ -41,7 +51,7 @@ def _populate() -> None:
         if module.name != __name__:
             importlib.import_module(module.name)
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        loaded = entry.load()
+        loaded = load_entry_point(entry)
         if callable(loaded):
             loaded()
 

@@ -145,8 +145,8 @@ class Denoiser:
 
     def truncated(self, prompts: Iterable[str]) -> list[bool]:
         """Whether no encoder reads the whole prompt."""
-        tokenizers = [getattr(self.pipe, name, None) for name in self.tokenizer_names]
-        tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
+        found: list[Any] = [getattr(self.pipe, name, None) for name in self.tokenizer_names]
+        tokenizers = [tokenizer for tokenizer in found if tokenizer is not None]
         limits = [self._limit(tokenizer) for tokenizer in tokenizers]
         return [
             all(

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from mmalign.core.denoising import denoising_error, denoising_logratio, gaussian_log_prob
 from mmalign.core.logprobs import ActionScores
 from mmalign.data.rows import Rows
-from mmalign.errors import ConfigError, DataError
+from mmalign.errors import ConfigError, DataError, ExportError
 from mmalign.policies import diffusion_export, diffusion_rollout
 from mmalign.policies.base import DiffusionSampling, Draw, PreparationReport, Rollout
 from mmalign.policies.denoisers import Condition, GuidanceGradient, build_denoiser
@@ -39,7 +39,13 @@ from mmalign.policies.diffusion_steps import STEP_COLUMNS, build_schedule
 from mmalign.policies.image_examples import fit_image, image_key, plain_image, prepare_images, read_image
 from mmalign.policies.latent_codec import LatentCodec
 from mmalign.policies.modules import (
-    adapter_layers, adapter_parameter_names, evaluating, is_adapted, is_peft_model, module_identity, unwrap,
+    adapter_layers,
+    adapter_parameter_names,
+    evaluating,
+    is_adapted,
+    is_peft_model,
+    module_identity,
+    unwrap,
 )
 from mmalign.policies.pretrained import default_device
 from mmalign.policies.tensor_cache import TensorCache
@@ -192,7 +198,10 @@ class DiffusionPolicy:
     def gradient_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass (or stop doing so)."""
         network = getattr(self.pipe, self.denoiser.network_name)
-        network.enable_gradient_checkpointing() if enable else network.disable_gradient_checkpointing()
+        if enable:
+            network.enable_gradient_checkpointing()
+        else:
+            network.disable_gradient_checkpointing()
 
     def summary(self) -> str:
         """One line: pipeline, size, precision, device, prediction type, adapters."""
@@ -484,9 +493,16 @@ class DiffusionPolicy:
         """Write the pipeline, or, when the network carries LoRA adapters, the LoRA file with its configuration.
 
         Either loads with plain diffusers: ``DiffusionPipeline.from_pretrained(folder)``, or
-        ``pipe.load_lora_weights(folder)`` on the base pipeline. Raises ExportError for adapters diffusers cannot read.
+        ``pipe.load_lora_weights(folder)`` on the base pipeline. Raises ExportError for adapters diffusers cannot read, and
+        when weights outside of the adapters are trained, which a LoRA file would lose.
         """
         folder = Path(folder)
+        if is_adapted(self.module):
+            kept = adapter_parameter_names(self.module)
+            lost = [name for name, p in self.module.named_parameters() if p.requires_grad and name not in kept]
+            if lost:
+                raise ExportError(f"{len(lost)} trained weights are not part of the adapter ({', '.join(lost[:3])}, ...); merge "
+                                  "the adapter into the weights and export the pipeline")
         folder.mkdir(parents=True, exist_ok=True)
         if is_adapted(self.module):
             diffusion_export.save_lora(

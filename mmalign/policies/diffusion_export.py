@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from mmalign.errors import CheckpointError, ConfigError, ExportError
-from mmalign.policies.modules import adapter_layers
 from mmalign.policies.pretrained import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -36,6 +35,7 @@ def load_pipeline(
         ConfigError: an unknown ``dtype``.
     """
     from diffusers import DiffusionPipeline
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype: {dtype!r} is not a precision; allowed: {', '.join(DTYPES)}")
@@ -43,15 +43,51 @@ def load_pipeline(
     if local and not (Path(path) / "model_index.json").is_file():
         raise CheckpointError(f"model.path: {path} has no model_index.json, so it is not a diffusers pipeline folder")
     try:
-        return DiffusionPipeline.from_pretrained(
-            str(path), torch_dtype=DTYPES[dtype], use_safetensors=True, revision=revision, variant=variant,
-            local_files_only=local or os.environ.get("HF_HUB_OFFLINE", "") in ("1", "ON", "YES", "TRUE"),
-            trust_remote_code=False, **(components or {}),
-        )
+        with warnings.catch_warnings():
+            # Renamed to ``dtype`` in 0.40, which older versions ignore without a word.
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            pipe = DiffusionPipeline.from_pretrained(
+                str(path), torch_dtype=DTYPES[dtype], use_safetensors=True, revision=revision, variant=variant,
+                local_files_only=local or HF_HUB_OFFLINE, trust_remote_code=False, **(components or {}),
+            )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:400]
         raise CheckpointError(f"model.path: {path} cannot be loaded as a diffusers pipeline with safetensors weights "
                               f"({type(error).__name__}: {reason})") from error
+    _check_complete(pipe, Path(path) if local else None)
+    return pipe
+
+
+def _check_complete(pipe: Any, folder: Path | None) -> None:
+    """Refuse missing weights: diffusers leaves such tensors without data, transformers fills them at random.
+
+    The files of diffusers models are not compared by name: old ones are renamed while they load.
+    """
+    from transformers import PreTrainedModel
+
+    for name, part in pipe.components.items():
+        if not isinstance(part, nn.Module):
+            continue
+        tensors = part.state_dict(keep_vars=True)
+        missing = [key for key, tensor in tensors.items() if tensor.is_meta]
+        files = sorted((folder / name).glob("*.safetensors")) if folder is not None else []
+        if files and isinstance(part, PreTrainedModel):
+            stored: set[str] = set()
+            for file in files:
+                with safe_open(file, framework="pt") as reader:
+                    stored.update(reader.keys())
+            held = {tensors[key].data_ptr() for key in tensors if _is_stored(key, stored)}
+            missing = [key for key, tensor in tensors.items() if tensor.numel() and tensor.data_ptr() not in held]
+        if missing:
+            raise CheckpointError(f"model.path: {name} lacks {len(missing)} weights ({', '.join(missing[:3])}); the folder is "
+                                  "incomplete or belongs to another model")
+
+
+def _is_stored(key: str, stored: set[str]) -> bool:
+    """Whether a file holds ``key``, under it or with a prefix more or less (transformers adds and strips them)."""
+    parts = key.split(".")
+    return key in stored or any(".".join(parts[i:]) in stored for i in range(1, len(parts) - 1)) or any(
+        name.endswith(f".{key}") for name in stored)
 
 
 def load_lora(pipe: Any, folder: str | Path, *, merge: bool = False) -> None:
@@ -117,19 +153,22 @@ def save_lora(pipe: Any, folder: Path, *, names: tuple[str, ...]) -> None:
 
     arguments: dict[str, Any] = {}
     for name in names:
-        component = getattr(pipe, name, None)
-        config = getattr(component, "peft_config", {}).get(ADAPTER_NAME) if component is not None else None
-        if config is None:
+        component: Any = getattr(pipe, name, None)
+        configs = getattr(component, "peft_config", None) or {}
+        if not configs:
             continue
-        if config.peft_type != PeftType.LORA:
-            raise ExportError(f"diffusers has no file format for {config.peft_type.value} adapters; set tuning.merge: true to "
-                              "export the merged pipeline")
-        state = get_peft_model_state_dict(component, adapter_name=ADAPTER_NAME)
+        if len(configs) > 1 and ADAPTER_NAME not in configs:
+            raise ExportError(f"{name} carries the adapters {', '.join(sorted(configs))}; a LoRA file holds one: call it "
+                              f"{ADAPTER_NAME!r}")
+        adapter = ADAPTER_NAME if ADAPTER_NAME in configs else next(iter(configs))
+        config = configs[adapter]
+        if config.peft_type != PeftType.LORA or config.modules_to_save:
+            kind = "modules_to_save" if config.modules_to_save else f"{config.peft_type.value} adapters"
+            raise ExportError(f"diffusers has no file format for {kind}; merge the adapter into the weights and export the "
+                              "pipeline")
+        state = get_peft_model_state_dict(component, adapter_name=adapter)
         arguments[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(state)
         arguments[f"{name}_lora_adapter_metadata"] = config.to_dict()
+    if not arguments:
+        raise ExportError(f"no adapter with a configuration (peft_config) in {', '.join(names)}; inject it with peft")
     pipe.save_lora_weights(folder, safe_serialization=True, **arguments)
-
-
-def is_lora_adapted(network: torch.nn.Module) -> bool:
-    """Whether ``network`` carries adapters that are saved apart from it."""
-    return bool(adapter_layers(network))

@@ -118,7 +118,7 @@ def unfold_rollout(rollout: Rollout, *, fraction: float, generator: torch.Genera
         raise ConfigError("sampling.eta (noise_level for flow models): a deterministic rollout has no density and cannot be "
                           "trained on by policy gradient; use a positive value, or a likelihood-free method")
     if "advantages" not in rollout.columns:
-        raise ValueError("the rollout has no advantages column; set rollout.columns['advantages'] first")
+        raise DataError("the rollout has no advantages column yet")
     if not 0 < fraction <= 1:
         raise ConfigError(f"batch.action_fraction: must be in (0, 1], not {fraction}")
     sample, step = _chosen_steps(rollout.mask, fraction, generator)
@@ -133,6 +133,11 @@ def unfold_rollout(rollout: Rollout, *, fraction: float, generator: torch.Genera
     skipped = {"trajectory", *STEP_COLUMNS}
     shared = rollout.rows.without(skipped).take(sample)
     columns |= {name: shared[name] for name in shared}
+    at_sample = sample.tolist()
+    columns |= {
+        name: torch.tensor([values[i] for i in at_sample]) for name, values in rollout.columns.items()
+        if all(isinstance(value, (bool, int, float)) for value in values)
+    }
     columns |= {
         "old_logp": rollout.old_logp[sample, step, None], "group": rollout.group[sample],
         "advantages": _advantages(rollout.columns["advantages"], at),

@@ -13,6 +13,7 @@ import torch
 from mmalign.errors import ConfigError, RewardError
 from mmalign.rewards.base import RewardSet
 from mmalign.rewards.inputs import NOT_COLUMNS
+from mmalign.rewards.text import completion_text
 
 _PROMPTS = ("What is 2 + 3?", "What is 2 + 3?", "What is 7 - 4?")
 _COMPLETIONS = ("<think>2 + 3 = 5</think>\n<answer>5</answer>", "The answer is 6.", "")
@@ -126,6 +127,9 @@ def _given(samples: Sequence[Mapping[str, Any]]) -> dict[str, Trial]:
             "prompt and one of completion, gold, answer, chosen or image are needed"
         )
     columns = {n: [row[n] for row in rows] for n in names if n not in NOT_COLUMNS}
+    if "completion_ids" not in columns and isinstance(rows[0][source], (str, list)):
+        # No tokenizer is known here; a token per character is what length rewards need to be tried.
+        columns["completion_ids"] = [list(range(len(completion_text(row[source])))) for row in rows]
     return {"given": ([row["prompt"] for row in rows], [row[source] for row in rows], columns)}
 
 

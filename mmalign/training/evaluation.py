@@ -47,6 +47,16 @@ class Evaluation:
         columns = self.rollout.rewards.T.tolist()
         return dict(zip(self.rollout.reward_names, columns, strict=True))
 
+    def prompt_means(self) -> dict[str, list[float]]:
+        """Reward name -> one mean per prompt (NaN where the reward never applied).
+
+        Samples of one prompt are not independent: errors are computed over prompts.
+        """
+        assert self.rollout.rewards is not None
+        groups = [self.rollout.group == g for g in self.rollout.group.unique()]
+        means = torch.stack([self.rollout.rewards[members].nanmean(0) for members in groups])
+        return dict(zip(self.rollout.reward_names, means.T.tolist(), strict=True))
+
 
 def evaluate_policy(
     policy: Policy, examples: Sequence[Mapping[str, Any]], rewards: RewardSet, sampling: Any, *,
@@ -62,13 +72,11 @@ def evaluate_policy(
         name: [examples[i][name] for i in rollout.group.tolist()] for name in examples[0] if name != "prompt"
     }
     rollout = rewards.score(rollout)
-    metrics: dict[str, float] = {}
-    assert rollout.rewards is not None
-    for index, name in enumerate(rollout.reward_names):
-        values = rollout.rewards[:, index].double()
-        mean, error = mean_and_error(values[~values.isnan()].tolist())
-        metrics |= {f"eval/{name}": mean, f"eval/{name}/error": error}
-    return Evaluation(rollout, metrics)
+    evaluation = Evaluation(rollout, {})
+    for name, values in evaluation.prompt_means().items():
+        mean, error = mean_and_error([value for value in values if value == value])
+        evaluation.metrics |= {f"eval/{name}": mean, f"eval/{name}/error": error}
+    return evaluation
 
 
 def save_samples(evaluation: Evaluation, folder: Path, *, limit: int | None = None) -> None:
@@ -90,7 +98,7 @@ def save_samples(evaluation: Evaluation, folder: Path, *, limit: int | None = No
         lines.append(json.dumps(record, ensure_ascii=False))
     (folder / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "evaluation.json").write_text(json.dumps({
-        "metrics": evaluation.metrics, "rewards": rewards, "samples": len(rollout),
+        "metrics": evaluation.metrics, "rewards": evaluation.prompt_means(), "samples": len(rollout),
     }), encoding="utf-8")
 
 

@@ -181,7 +181,8 @@ def _tied_groups(states: Sequence[State]) -> list[list[str]]:
         for state in states:
             tensor = state[name]
             alone = tensor.numel() == 0 or tensor.device.type == "meta"
-            identity.append(name if alone else (str(tensor.device), tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype))
+            storage = (str(tensor.device), tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            identity.append(name if alone else storage)
         groups.setdefault(tuple(identity), []).append(name)
     return list(groups.values())
 

@@ -49,7 +49,7 @@ def tree() -> dict[str, Any]:
         "rewards": [f"{Path(workload.__file__)}:even_share"],
         "batch": {"prompts_per_rollout": PROMPTS, "completions_per_prompt": GROUP},
         "sampling": {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "temperature": 1.0},
-        "loss": {"name": "ppo_clip", "reduction": "seq_mean_token_mean"}, "advantage": {"name": "grpo"},
+        "loss": {"name": "ppo_clip", "reduction": "token_mean"}, "advantage": {"name": "grpo"},
         "optimizers": [{"lr": RATE}], "precision": "float32",
     }
 
@@ -79,7 +79,7 @@ def trainer(steps: int, meter: Meter, *, recorded: bool = False) -> Any:
     model, tokenizer = trl_side.load(workload.model_folder(), meter)
     arguments = GRPOConfig(
         **trl_side.common_arguments(steps, PROMPTS * GROUP, RATE), num_generations=GROUP, max_completion_length=NEW_TOKENS,
-        generation_kwargs={"min_new_tokens": NEW_TOKENS}, beta=0.0, loss_type="grpo", temperature=1.0, top_k=0, top_p=1.0,
+        generation_kwargs={"min_new_tokens": NEW_TOKENS}, beta=0.0, loss_type="dapo", temperature=1.0, top_k=0, top_p=1.0,
         scale_rewards="group", shuffle_dataset=False,
     )
     return (Recorded if recorded else GRPOTrainer)(

@@ -13,7 +13,7 @@ RATE = 1e-5
 ROWS = 64
 
 FOUR = Case(
-    "4 rows", "4 rows a step, median 25 + 25 words, long tail",
+    "4 rows", "4 rows a step, median 30 + 30 words, long tail",
     "AdamW over 15.7 M parameters and the head's products; few tokens a step",
     {"TRL": (2.5, 3.0), "full logits": (1.2, 1.5)},
 )

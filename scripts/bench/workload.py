@@ -25,7 +25,7 @@ SEED = 0
 
 def model_folder() -> Path:
     """The model and its tokenizer, built at the first use and kept in the temporary directory."""
-    folder = Path(tempfile.gettempdir()) / f"mmalign-bench-llama-{VOCABULARY}-{HIDDEN}-{LAYERS}"
+    folder = Path(tempfile.gettempdir()) / f"mmalign-bench-llama2-{VOCABULARY}-{HIDDEN}-{LAYERS}"
     if not (folder / "tokenizer_config.json").is_file():
         with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
             _build(Path(partial) / "model")
@@ -39,10 +39,21 @@ def _build(folder: Path) -> None:
     from transformers import GenerationConfig, LlamaForCausalLM
 
     torch.manual_seed(SEED)
-    model = LlamaForCausalLM(llama_config())
+    model = spread(LlamaForCausalLM(llama_config()))
     model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
+
+
+def spread(model: Any, factor: float = 3.0) -> Any:
+    """Larger matrices in the body: with the customary ones a tied model merely repeats its input."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.model.layers.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(factor)
+    return model
 
 
 def llama_config(*, vocabulary: int = VOCABULARY) -> Any:
@@ -89,11 +100,11 @@ def preference_rows(
 
 
 def completion_rows(count: int, *, seed: int = SEED, vocabulary: int = VOCABULARY) -> list[dict[str, str]]:
-    """Prompts and completions with long-tailed (log-normal) lengths: median 25 words each, one in ten above 70."""
+    """Prompts and completions with long-tailed (log-normal) lengths: median 30 words each, one in ten above 100."""
     draw = random.Random(seed)
 
     def length() -> int:
-        return min(400, max(4, round(draw.lognormvariate(3.2, 0.8))))
+        return min(400, max(4, round(draw.lognormvariate(3.4, 1.0))))
 
     return [{"prompt": words(draw, length(), vocabulary=vocabulary),
              "completion": " " + words(draw, length(), vocabulary=vocabulary)} for _ in range(count)]

@@ -13,12 +13,13 @@ CHATML = (
     "{% endif %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+_TURN = "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
 # Marks around the words alone: the end token lies outside.
-CHATML_MARKED_WORDS = CHATML_MARKED.replace(
-    "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>' }}")
+CHATML_MARKED_WORDS = CHATML_MARKED.replace(_TURN, "{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>' }}")
 # Marks around the separator as well.
 CHATML_MARKED_SEPARATOR = CHATML_MARKED.replace(
-    "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}")
+    _TURN, "{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}",
+).replace("{% endif %}{{ '\n' }}{% endfor %}", "{{ '\n' }}{% endif %}{% endfor %}")
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
     "{{ m['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}"

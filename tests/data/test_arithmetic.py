@@ -89,5 +89,5 @@ def test_used_up_levels_and_refusals():
                                ({"form": "latex"}, "form: must be"), ({"levels": []}, "levels")):
         with pytest.raises(DataError, match=message):
             make_arithmetic(3, **arguments)
-    with pytest.raises(DataError, match="at least 1"):
+    with pytest.raises(DataError, match=r"at least 1"):
         make_arithmetic(0)

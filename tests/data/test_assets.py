@@ -44,7 +44,7 @@ def test_a_folder_appears_only_when_it_is_complete(cache):
         (folder / "half").write_text("x")
         raise AssetError("no network")
 
-    with pytest.raises(AssetError, match="no network"):
+    with pytest.raises(AssetError, match=r"no network"):
         fetch.cached_folder("thing", fail)
     assert not (cache / "thing").exists()
     assert [path.name for path in cache.iterdir()] == [".thing.lock"] or not list(cache.iterdir())
@@ -77,12 +77,12 @@ def test_two_at_once_fill_the_cache_once(cache):
 def test_an_unwritable_cache_says_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MMALIGN_CACHE", str(tmp_path / "file"))
-    with pytest.raises(AssetError, match="set MMALIGN_CACHE"):
+    with pytest.raises(AssetError, match=r"set MMALIGN_CACHE"):
         fetch.cached_folder("thing", lambda folder: None)
 
 
 def test_clients_that_are_missing_or_fail(tmp_path):
-    with pytest.raises(AssetError, match="no-such-client is not installed; do this"):
+    with pytest.raises(AssetError, match=r"no-such-client is not installed; do this"):
         fetch.run_client(["no-such-client"], tmp_path, description="x", size=1, advice="do this")
     command = [sys.executable, "-c", "print('the cause'); raise SystemExit(3)"]
     with pytest.raises(AssetError, match=r"failed \(exit 3\); do this\nthe cause"):
@@ -94,19 +94,19 @@ def test_wrong_files_are_refused(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(b"content")
     fetch.check_sha256(file, hashlib.sha256(b"content").hexdigest())
-    with pytest.raises(AssetError, match="not the file this version"):
+    with pytest.raises(AssetError, match=r"not the file this version"):
         fetch.check_sha256(file, "0" * 64)
     fetch.check_integrity(file, "sha512-" + base64.b64encode(hashlib.sha512(b"content").digest()).decode())
-    with pytest.raises(AssetError, match="not the file this version"):
+    with pytest.raises(AssetError, match=r"not the file this version"):
         fetch.check_integrity(file, "sha512-xxxx")
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("../evil", "x")
         archive.writestr("good", "y")
     fetch.extract_member(tmp_path / "a.zip", "good", tmp_path / "out")
     assert (tmp_path / "out").read_text() == "y"
-    with pytest.raises(AssetError, match="cannot be read"):
+    with pytest.raises(AssetError, match=r"cannot be read"):
         fetch.extract_member(tmp_path / "a.zip", "missing", tmp_path / "out")
-    with pytest.raises(AssetError, match="cannot be read"):
+    with pytest.raises(AssetError, match=r"cannot be read"):
         fetch.extract_member(file, "good", tmp_path / "out")
 
 
@@ -144,9 +144,9 @@ def test_model_and_data_assets_are_not_mixed_up(cache):
     assert asset_path("asset:tiny_llama") == asset_path("tiny-llama") == cache / "tiny-llama-v1"
     assert fetch_asset("tiny_llama") == str(cache / "tiny-llama-v1")
     assert "columns id, prompt, completion, answer, level" in fetch_asset("arithmetic")
-    with pytest.raises(AssetError, match="'arithmetic' is a data set: use it as data.path"):
+    with pytest.raises(AssetError, match=r"'arithmetic' is a data set: use it as data.path"):
         asset_path("arithmetic")
-    with pytest.raises(AssetError, match="did you mean 'smollm2'"):
+    with pytest.raises(AssetError, match=r"did you mean 'smollm2'"):
         asset_path("smollm")
 
 
@@ -165,13 +165,13 @@ def test_digits():
     assert row["images"][0].size == (32, 32)
     assert row["answer"] == str(row["class_id"])
     assert load_digits(5, seed=1)[0]["id"] != load_digits(5, seed=2)[0]["id"]
-    with pytest.raises(DataError, match="has 1437 train rows, not 5000"):
+    with pytest.raises(DataError, match=r"has 1437 train rows, not 5000"):
         load_digits(5000)
 
 
 def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(AssetError, match="pip install scikit-learn"):
+    with pytest.raises(AssetError, match=r"pip install scikit-learn"):
         load_digits(1)
 
 

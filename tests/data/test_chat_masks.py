@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import pytest
 from chat_templates import (
-    CHATML, CHATML_MARKED, CHATML_MARKED_SEPARATOR, CHATML_MARKED_WORDS, COUNTS_MESSAGES, DROPS_REASONING, LLAMA3, MISTRAL,
-    OPENS_THOUGHT, PLAIN, SHOUTS, assistant, learned, tokenizer_with, user,
+    CHATML,
+    CHATML_MARKED,
+    CHATML_MARKED_SEPARATOR,
+    CHATML_MARKED_WORDS,
+    COUNTS_MESSAGES,
+    DROPS_REASONING,
+    LLAMA3,
+    MISTRAL,
+    OPENS_THOUGHT,
+    PLAIN,
+    SHOUTS,
+    assistant,
+    learned,
+    tokenizer_with,
+    user,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,7 +75,7 @@ def test_marks_and_prefixes_give_the_same_mask():
 
 
 def test_separator_after_the_end_token_is_learned_only_on_request():
-    for template in (CHATML, CHATML_MARKED_SEPARATOR):
+    for template in (CHATML, CHATML_MARKED, CHATML_MARKED_WORDS, CHATML_MARKED_SEPARATOR, COUNTS_MESSAGES):
         tokenizer = tokenizer_with(template)
         assert learned({"messages": TALK[:2]}, tokenizer) == ["Four.<|im_end|>"]
         assert learned({"messages": TALK[:2]}, tokenizer, train_on_separator=True) == ["Four.<|im_end|>\n"]
@@ -87,7 +100,7 @@ def test_last_turn_only_and_per_message_choice():
     assert learned({"messages": kept}, tokenizer, last_turn_only=True) == ["Four.<|im_end|>", "Yes, 4.<|im_end|>"]
     muted = [user("Hi"), assistant("Yo", train=False)]
     assert encode_example({"messages": muted}, tokenizer) == Dropped("no token to train on")
-    with pytest.raises(DataError, match="message 0: train: true is for assistant"):
+    with pytest.raises(DataError, match=r"message 0: train: true is for assistant"):
         encode_example({"messages": [{**user("Hi"), "train": True}, assistant("Yo")]}, tokenizer)
 
 
@@ -127,7 +140,7 @@ def test_repeated_words_are_found_at_the_right_place_without_prefixes():
     ids, turns = encoder.template.encode(talk)
     before = [tokenizer.decode(ids[: turn.start]) for turn in turns]
     assert all(text.endswith("<|im_start|>assistant\n") for text in before)
-    assert [tokenizer.decode(ids[turn.start:turn.stop]) for turn in turns] == ["yes<|im_end|>", "yes yes<|im_end|>"]
+    assert [tokenizer.decode(ids[turn.start:turn.stop]) for turn in turns] == ["yes<|im_end|>\n", "yes yes<|im_end|>\n"]
 
 
 def test_a_template_that_hides_the_words_is_refused():
@@ -149,13 +162,13 @@ def test_assistant_that_opens_a_conversation_does_not_teach_its_header():
 
 
 def test_missing_template_and_refused_roles_name_the_cause():
-    with pytest.raises(DataError, match="no chat template"):
+    with pytest.raises(DataError, match=r"no chat template"):
         encode_example({"messages": TALK}, tokenizer_with(None))
-    with pytest.raises(DataError, match="only user and assistant roles"):
+    with pytest.raises(DataError, match=r"only user and assistant roles"):
         encode_example({"messages": [{"role": "system", "content": "x"}, *TALK]}, tokenizer_with(MISTRAL, end="</s>"))
-    with pytest.raises(DataError, match="role must be one of .*not 'bot'"):
+    with pytest.raises(DataError, match=r"role must be one of .*not 'bot'"):
         encode_example({"messages": [{"role": "bot", "content": "x"}]}, tokenizer_with(CHATML))
-    with pytest.raises(DataError, match="non-empty list of messages"):
+    with pytest.raises(DataError, match=r"non-empty list of messages"):
         encode_example({"messages": []}, tokenizer_with(CHATML))
 
 

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmalign.data.columns import (
-    canonical_row, check_ids, check_messages, from_sharegpt, label_source, rename_plan, require_columns, split_implicit_prompt,
+    canonical_row,
+    check_ids,
+    check_messages,
+    from_sharegpt,
+    label_source,
+    rename_plan,
+    require_columns,
+    split_implicit_prompt,
 )
 from mmalign.errors import DataError
 
@@ -28,12 +35,12 @@ def test_aliases_are_mapped_where_the_column_is_absent():
 
 
 def test_a_choice_between_two_meanings_is_left_to_the_user():
-    with pytest.raises(DataError, match="'problem' and 'question' both mean 'prompt'"):
+    with pytest.raises(DataError, match=r"'problem' and 'question' both mean 'prompt'"):
         canonical({"problem": 1, "question": 2})
     assert canonical({"problem": 1, "question": 2}, {"question": "prompt"}) == {"problem": 1, "prompt": 2}
-    with pytest.raises(DataError, match="data.columns: columns 'a' and 'b' would both be 'c'"):
+    with pytest.raises(DataError, match=r"data.columns: columns 'a' and 'b' would both be 'c'"):
         canonical({"a": 1, "b": 2}, {"a": "c", "b": "c"})
-    with pytest.raises(DataError, match=r"data.columns.promt: the data has no column 'promt' \(columns are prompt\); did you mean"):
+    with pytest.raises(DataError, match=r"data.columns.promt: .*no column 'promt' \(columns are prompt\); did you mean"):
         rename_plan(["prompt"], {"promt": "completion"})
 
 
@@ -47,17 +54,17 @@ def test_sharegpt_and_single_images():
     assert canonical({"conversations": turns})["messages"] == [{"role": "system", "content": "s"}, user("q"), assistant("a")]
     assert canonical({"image": "picture", "prompt": "x"}) == {"images": ["picture"], "prompt": "x"}
     assert canonical({"images": ["a", "b"]}) == {"images": ["a", "b"]}
-    with pytest.raises(DataError, match="unknown speaker 'martian'"):
+    with pytest.raises(DataError, match=r"unknown speaker 'martian'"):
         from_sharegpt([{"from": "martian", "value": "x"}])
 
 
 def test_messages_are_cleaned_and_checked():
     arrow = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "tool_calls": None},
              {"role": "assistant", "content": None, "tool_calls": [{"x": 1}]}]
-    assert check_messages(arrow, column="messages") == [user("ab"), {"role": "assistant", "content": "", "tool_calls": [{"x": 1}]}]
-    with pytest.raises(DataError, match="message 0: content parts .*image.*vision"):
+    assert check_messages(arrow, column="messages") == [user("ab"), assistant("", tool_calls=[{"x": 1}])]
+    with pytest.raises(DataError, match=r"message 0: content parts .*image.*vision"):
         check_messages([{"role": "user", "content": [{"type": "image"}]}], column="messages")
-    with pytest.raises(DataError, match="content must be text, not 3"):
+    with pytest.raises(DataError, match=r"content must be text, not 3"):
         check_messages([{"role": "user", "content": 3}], column="messages")
 
 
@@ -70,7 +77,7 @@ def test_implicit_prompts_of_messages():
     system = [{"role": "system", "content": "s"}, user("q")]
     row = split_implicit_prompt({"prompt": "q", "chosen": [*system, assistant("x")], "rejected": [*system, assistant("y")]}, PAIR)
     assert row["prompt"] == system
-    with pytest.raises(DataError, match="some samples are messages and others text"):
+    with pytest.raises(DataError, match=r"some samples are messages and others text"):
         split_implicit_prompt({"prompt": "q", "chosen": [assistant("x")], "rejected": "y"}, PAIR)
 
 
@@ -93,20 +100,20 @@ def test_an_implicit_prompt_loses_nothing(start, first, second):
 def test_label_sources():
     assert label_source(["prompt", "completion", "answer"]) == "completion"
     assert label_source(["prompt", "messages"]) == "messages"
-    with pytest.raises(DataError, match="'messages' and 'completion' each say what to learn"):
+    with pytest.raises(DataError, match=r"'messages' and 'completion' each say what to learn"):
         label_source(["messages", "prompt", "completion"])
     with pytest.raises(DataError, match=r"columns are prompt, complation\); did you mean 'complation'"):
         label_source(["prompt", "complation"])
-    with pytest.raises(DataError, match="'completion' needs a column 'prompt'"):
+    with pytest.raises(DataError, match=r"'completion' needs a column 'prompt'"):
         label_source(["completion"])
 
 
 def test_required_columns_and_ids():
     require_columns(["prompt", "answer"], ["prompt"], purpose="grpo")
-    with pytest.raises(DataError, match="grpo needs a column 'answer'.*did you mean 'ground_truth'"):
+    with pytest.raises(DataError, match=r"grpo needs a column 'answer'.*did you mean 'ground_truth'"):
         require_columns(["prompt", "ground_truth"], ["answer"], purpose="grpo")
     check_ids([1, 2, "3"], source="data")
-    with pytest.raises(DataError, match="id 2 occurs more than once"):
+    with pytest.raises(DataError, match=r"id 2 occurs more than once"):
         check_ids([1, 2, 2], source="data")
-    with pytest.raises(DataError, match="row 1 has the id None"):
+    with pytest.raises(DataError, match=r"row 1 has the id None"):
         check_ids([1, None], source="data")

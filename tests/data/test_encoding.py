@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from mmalign.config import parse
 from mmalign.data.chat import (
-    Dropped, TextEncoding, decode_completion, encode_dataset, encode_example, encode_prompt, mark_trained,
+    Dropped,
+    TextEncoding,
+    decode_completion,
+    encode_dataset,
+    encode_example,
+    encode_prompt,
+    mark_trained,
 )
 from mmalign.data.encoding import balanced_lengths
 from mmalign.errors import ConfigError, DataError
@@ -48,7 +54,7 @@ def test_completion_only_loss(plain):
     row = {"prompt": "2 + 2 =", "completion": " 4"}
     assert learned(row, plain, completion_only_loss=False) == [" + 2 = 4<|im_end|>"]  # all but the first token
     assert learned({"prompt": "", "completion": "What"}, plain) == ["<|im_end|>"]
-    with pytest.raises(DataError, match="completion_only_loss: true needs rows with prompt and completion"):
+    with pytest.raises(DataError, match=r"completion_only_loss: true needs rows with prompt and completion"):
         encode_example({"text": "x"}, plain, TextEncoding(completion_only_loss=True))
 
 
@@ -121,11 +127,11 @@ def test_pretokenised_rows(plain):
     assert encode_example({"input_ids": ids, "labels": [5, -100, 7, 8]}, plain)["labels"] == [-100, -100, 7, 8]
     masks = {"input_ids": ids, "completion_mask": [0, 1, 1, 1], "assistant_masks": [1, 1, 0, 1]}
     assert encode_example(masks, plain)["labels"] == [-100, 6, -100, 8]
-    with pytest.raises(DataError, match="'labels' and 'completion_mask' both say"):
+    with pytest.raises(DataError, match=r"'labels' and 'completion_mask' both say"):
         encode_example({"input_ids": ids, "labels": ids, "completion_mask": [1] * 4}, plain)
-    with pytest.raises(DataError, match="'labels' has 3 entries, but 'input_ids' has 4"):
+    with pytest.raises(DataError, match=r"'labels' has 3 entries, but 'input_ids' has 4"):
         encode_example({"input_ids": ids, "labels": ids[:3]}, plain)
-    with pytest.raises(DataError, match="'input_ids' is empty"):
+    with pytest.raises(DataError, match=r"'input_ids' is empty"):
         encode_example({"input_ids": []}, plain)
     pair = {f"{name}_{part}": ids for name in ("chosen", "rejected") for part in ("input_ids", "labels")}
     pair["rejected_input_ids"] = pair["rejected_labels"] = [5, 6, 9]
@@ -133,7 +139,7 @@ def test_pretokenised_rows(plain):
 
 
 def test_two_sources_of_labels_are_refused(plain):
-    with pytest.raises(DataError, match="'text' and 'messages' each say what to learn"):
+    with pytest.raises(DataError, match=r"'text' and 'messages' each say what to learn"):
         encode_example({"text": "a", "messages": [user("a"), assistant("b")]}, plain)
     # Arrow fills absent columns with None: that is no second source.
     assert not isinstance(encode_example({"text": "ab", "messages": None}, plain), Dropped)
@@ -253,7 +259,7 @@ def test_options_refuse_values_without_meaning():
 def test_a_tokenizer_without_end_token_is_refused():
     tokenizer = tokenizer_with(None)
     tokenizer.eos_token = None
-    with pytest.raises(DataError, match="no end-of-sequence token"):
+    with pytest.raises(DataError, match=r"no end-of-sequence token"):
         encode_example({"text": "a"}, tokenizer)
     assert not isinstance(encode_example({"text": "ab"}, tokenizer, TextEncoding(append_eos=False)), Dropped)
 
@@ -279,7 +285,8 @@ def test_arrow_data_sets_give_the_same_rows_from_disk(plain, tmp_path, fields):
     import datasets
 
     rows = ROWS if not fields else [
-        {"id": "a", "prompt": "2 =", "chosen": " 2", "rejected": " 3"}, {"id": "b", "prompt": "2", "chosen": "2", "rejected": "2"},
+        {"id": "a", "prompt": "2 =", "chosen": " 2", "rejected": " 3"},
+        {"id": "b", "prompt": "2", "chosen": "2", "rejected": "2"},
         {"id": "c", "prompt": "3 =", "chosen": " 3", "rejected": " " + "4" * 90}]
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "data"))
     dataset = datasets.load_from_disk(str(tmp_path / "data"))
@@ -301,7 +308,8 @@ def test_messages_read_by_arrow_with_missing_keys(tmp_path):
 
     tokenizer = tokenizer_with(CHATML)
     file = tmp_path / "talk.jsonl"
-    rows = [{"messages": [user("a"), assistant("b", train=False), user("c"), assistant("d")]}, {"messages": [user("e"), assistant("f")]}]
+    rows = [{"messages": [user("a"), assistant("b", train=False), user("c"), assistant("d")]},
+            {"messages": [user("e"), assistant("f")]}]
     file.write_text("\n".join(map(json.dumps, rows)))
     dataset = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
     encoded, _ = encode_dataset(dataset, tokenizer)
@@ -310,22 +318,24 @@ def test_messages_read_by_arrow_with_missing_keys(tmp_path):
 
 def test_nothing_left_shows_a_row_with_its_trained_part(plain):
     rows = [{"prompt": "1" * 40, "completion": " 2"}]
-    with pytest.raises(DataError, match=r"none of the 1 rows(.|\n)*the prompt alone reaches max_length(.|\n)*1⟦ 2<\|im_end\|>⟧(.|\n)*max_length is 16"):
+    with pytest.raises(DataError, match=r"none of the 1 rows .*the prompt alone reaches max_length") as caught:
         encode_dataset(rows, plain, TextEncoding(max_length=16))
-    with pytest.raises(DataError, match="no token to train on"):
+    assert "1⟦ 2<|im_end|>⟧ (43 tokens, 3 to learn)" in str(caught.value)
+    assert "max_length is 16" in str(caught.value)
+    with pytest.raises(DataError, match=r"no token to train on"):
         encode_dataset([{"messages": [user("a")]}], tokenizer_with(CHATML))
 
 
 def test_errors_name_the_row_and_the_column(plain):
-    with pytest.raises(DataError, match="has no rows"):
+    with pytest.raises(DataError, match=r"has no rows"):
         encode_dataset([], plain)
-    with pytest.raises(DataError, match="row 1 .id 'y'.: column 'text' must be text, not int"):
+    with pytest.raises(DataError, match=r"row 1 .id 'y'.: column 'text' must be text, not int"):
         encode_dataset([{"id": "x", "text": "a b"}, {"id": "y", "text": 3}], plain)
-    with pytest.raises(DataError, match="id 'x' occurs more than once"):
+    with pytest.raises(DataError, match=r"id 'x' occurs more than once"):
         encode_dataset([{"id": "x", "text": "ab"}, {"id": "x", "text": "cd"}], plain)
-    with pytest.raises(DataError, match="needs a column 'chosen'.*columns are prompt, choosen, rejected.*did you mean 'choosen'"):
+    with pytest.raises(DataError, match=r"needs a column 'chosen'.*prompt, choosen, rejected.*did you mean 'choosen'"):
         encode_dataset([{"prompt": "a", "choosen": "b", "rejected": "c"}], plain, fields=PAIR)
-    with pytest.raises(DataError, match="answer: completion"):
+    with pytest.raises(DataError, match=r"answer: completion"):
         encode_dataset([{"prompt": "a", "answer": "b"}], plain)
 
 
@@ -337,3 +347,39 @@ def test_marked_templates_agree_with_the_tokenizers_own_mask():
     ours = encode_example({"messages": talk}, tokenizer)
     assert ours["input_ids"] == theirs["input_ids"]
     assert [int(label != -100) for label in ours["labels"]] == theirs["assistant_masks"]
+
+
+@pytest.mark.peer
+def test_ids_and_labels_are_those_of_trl(tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    from mmalign.data.tiny_llama import build_tiny_llama
+
+    model = tmp_path / "model"
+    model.mkdir()
+    build_tiny_llama(model)
+    settings = {"output_dir": str(tmp_path / "out"), "report_to": [], "use_cpu": True, "bf16": False, "max_length": 24}
+
+    def theirs(rows, **options):
+        config = trl.SFTConfig(**settings, **options)
+        trainer = trl.SFTTrainer(model=str(model), args=config, train_dataset=Dataset.from_list(rows))
+        return list(trainer.train_dataset), trainer.processing_class
+
+    texts = [{"prompt": "2 + 2 =", "completion": " 4"}, {"prompt": "What is", "completion": " that" * 30}]
+    talks = [{"messages": [user("2?"), assistant("4"), user("5"), assistant("6 7")]}]
+    single = [{"prompt": [user("2?")], "completion": [assistant("4")]}]
+    for rows, options, ours in ((texts, {}, {}), (talks, {"assistant_only_loss": True}, {}),
+                                (single, {}, {"train_on_separator": True})):
+        expected, tokenizer = theirs(rows, **options)
+        for row, mine in zip(expected, rows, strict=True):
+            result = encode_example(mine, tokenizer, TextEncoding(max_length=24, **ours))
+            assert (result["input_ids"], result["labels"]) == (row["input_ids"], row["labels"])
+
+    pair = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
+    trainer = trl.DPOTrainer(model=str(model), args=trl.DPOConfig(**settings), train_dataset=Dataset.from_list([pair]))
+    row = trainer.train_dataset[0]
+    result = encode_example(pair, tokenizer, fields=PAIR)
+    for name in PAIR:
+        assert result[f"{name}_input_ids"] == row["prompt_ids"] + row[f"{name}_ids"]
+        assert result[f"{name}_labels"] == [-100] * len(row["prompt_ids"]) + row[f"{name}_ids"]

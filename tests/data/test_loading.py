@@ -75,10 +75,10 @@ def test_columns_are_mapped_left_out_and_checked(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     assert load(path, columns={"answer": "completion"}).column_names == ["prompt", "completion", "id"]
     assert load(path, columns={"answer": None}).column_names == ["prompt", "id"]
-    with pytest.raises(DataError, match="data.columns.anwser: the data has no column 'anwser'.*did you mean"):
+    with pytest.raises(DataError, match=r"data.columns.anwser: the data has no column 'anwser'.*did you mean"):
         load(path, columns={"anwser": "completion"})
     twice = write_jsonl(tmp_path / "b.jsonl", [{"id": 1, "text": "a"}, {"id": 1, "text": "b"}])
-    with pytest.raises(DataError, match="data.path: .*id 1 occurs more than once"):
+    with pytest.raises(DataError, match=r"data.path: .*id 1 occurs more than once"):
         load(twice)
     assert load(twice, columns={"id": None})["id"] == ["0", "1"]
     assert load(write_jsonl(tmp_path / "c.jsonl", [{"key": "x", "text": "a"}]), columns={"key": "id"})["id"] == ["x"]
@@ -117,22 +117,22 @@ def test_unreadable_files_say_why(tmp_path):
     (tmp_path / "words.jsonl").write_text('"a"\n')
     with pytest.raises(DataError, match=r"line 1 must be an object with columns, not str"):
         load(tmp_path / "words.jsonl")
-    with pytest.raises(DataError, match="data.path: .*list.jsonl must be a list of objects"):
+    with pytest.raises(DataError, match=r"data.path: .*list.jsonl must be a list of objects"):
         load(tmp_path / "list.jsonl")
     (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(DataError, match="empty file"):
+    with pytest.raises(DataError, match=r"empty file"):
         load(tmp_path / "empty.csv")
     (tmp_path / "data.xlsx").write_text("x")
     with pytest.raises(DataError, match=r"files ending in .xlsx cannot be read; allowed: .json"):
         load(tmp_path / "data.xlsx")
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(DataError, match="holds no data"):
+    with pytest.raises(DataError, match=r"holds no data"):
         load(tmp_path / "nothing")
     (tmp_path / "broken.parquet").write_text("no parquet")
-    with pytest.raises(DataError, match="data.path: .*broken.parquet cannot be read"):
+    with pytest.raises(DataError, match=r"data.path: .*broken.parquet cannot be read"):
         load(tmp_path / "broken.parquet")
     datasets.Dataset.from_dict({"text": []}).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(DataError, match="data.path: .*no rows"):
+    with pytest.raises(DataError, match=r"data.path: .*no rows"):
         load(tmp_path / "saved")
 
 
@@ -141,7 +141,7 @@ def test_the_hub_switched_off_is_said_at_once(monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="data.path: 'someone/something' is no local file or folder, and the hub is switched off"):
+    with pytest.raises(DataError, match=r"data.path: 'someone/something' is no local .* the hub is switched off"):
         load("someone/something")
 
 
@@ -157,11 +157,11 @@ def test_assets_by_name():
     assert len(load("asset:arithmetic", limit=4, split="test", columns={"completion": None})[0]) == 4
     with pytest.raises(AssetError, match=r"data.path: asset:arithmetc: unknown asset 'arithmetc'; did you mean 'arithmetic'"):
         load("asset:arithmetc")
-    with pytest.raises(AssetError, match="'asset:arithmetic' has no argument 'lvels'; it has levels, form"):
+    with pytest.raises(AssetError, match=r"'asset:arithmetic' has no argument 'lvels'; it has levels, form"):
         load("asset:arithmetic", arguments={"lvels": [1]})
-    with pytest.raises(AssetError, match="'tiny_llama' is a model: use it as a model path"):
+    with pytest.raises(AssetError, match=r"'tiny_llama' is a model: use it as a model path"):
         load("asset:tiny_llama")
-    with pytest.raises(DataError, match="the arithmetic asset has train and test, not 'dev'"):
+    with pytest.raises(DataError, match=r"the arithmetic asset has train and test, not 'dev'"):
         load("asset:arithmetic", split="dev")
 
 

@@ -39,7 +39,8 @@ def test_weights_sum_to_one_ignore_scale_and_keep_the_order(sizes, temperature, 
 @pytest.mark.parametrize(("arguments", "message"), [
     ({}, "exactly one of temperature, exponent and ratios"), ({"temperature": 1.0, "exponent": 1.0}, "exactly one"),
     ({"temperature": 0.0}, "mixture.temperature: must be positive"), ({"exponent": -1.0}, "mixture.exponent"),
-    ({"ratios": [1.0]}, "1 ratios for 4"), ({"ratios": [0.0] * 4}, "positive sum"), ({"temperature": 1.0, "cap": 0}, "mixture.cap"),
+    ({"ratios": [1.0]}, "1 ratios for 4"), ({"ratios": [0.0] * 4}, "positive sum"),
+    ({"temperature": 1.0, "cap": 0}, "mixture.cap"),
 ])
 def test_weights_refuse(arguments, message):
     with pytest.raises(ConfigError, match=message):
@@ -48,9 +49,9 @@ def test_weights_refuse(arguments, message):
 
 def test_empty_sources_are_refused_only_when_they_would_be_drawn():
     assert mixture_weights([10, 0], temperature=1) == [1.0, 0.0]
-    with pytest.raises(DataError, match="source 1 has no rows"):
+    with pytest.raises(DataError, match=r"source 1 has no rows"):
         mixture_weights([10, 0], ratios=[1, 1])
-    with pytest.raises(DataError, match="no rows"):
+    with pytest.raises(DataError, match=r"no rows"):
         mixture_weights([0, 0], temperature=1)
 
 
@@ -79,9 +80,9 @@ def test_a_resumed_sampler_goes_on_as_if_nothing_had_happened(size, before, afte
     resumed = EpochSampler(size, seed=3)
     resumed.load_state_dict(state)
     assert resumed.take(after) == whole.take(after)
-    with pytest.raises(CheckpointError, match="size"):
+    with pytest.raises(CheckpointError, match=r"size"):
         EpochSampler(size + 1, seed=3).load_state_dict(state)
-    with pytest.raises(CheckpointError, match="seed"):
+    with pytest.raises(CheckpointError, match=r"seed"):
         EpochSampler(size, seed=4).load_state_dict(state)
 
 
@@ -113,16 +114,16 @@ def test_a_resumed_mixture_goes_on_as_if_nothing_had_happened(before, run):
     whole.take(before)
     resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
     assert list(islice(resumed, 50)) == list(islice(whole, 50))
-    with pytest.raises(CheckpointError, match="weights"):
+    with pytest.raises(CheckpointError, match=r"weights"):
         MixtureSampler([7, 0, 20], [0.4, 0.0, 0.6], seed=5, run=run).load_state_dict(whole.state_dict())
 
 
 def test_samplers_refuse_what_cannot_be_drawn():
-    with pytest.raises(DataError, match="no rows"):
+    with pytest.raises(DataError, match=r"no rows"):
         EpochSampler(0, seed=0)
-    with pytest.raises(DataError, match="positive weight has no rows"):
+    with pytest.raises(DataError, match=r"positive weight has no rows"):
         MixtureSampler([3, 0], [0.5, 0.5], seed=0)
-    with pytest.raises(ConfigError, match="2 weights for 1"):
+    with pytest.raises(ConfigError, match=r"2 weights for 1"):
         MixtureSampler([3], [0.5, 0.5], seed=0)
 
 
@@ -140,7 +141,7 @@ def test_budget_examples():
     assert split_budget(200, 0) == (200, 0)
     assert split_budget(200, 1) == (0, 200)
     assert split_budget(100, 0.5, pair_price=4) == (52, 12)
-    with pytest.raises(ConfigError, match="share"):
+    with pytest.raises(ConfigError, match=r"share"):
         split_budget(100, 1.5)
-    with pytest.raises(ConfigError, match="positive"):
+    with pytest.raises(ConfigError, match=r"positive"):
         split_budget(0, 0.5)
