@@ -50,7 +50,7 @@ class StageContext:
     def say(self, text: str) -> None:
         """Print one line to the terminal."""
         if not self.quiet and is_main_process():
-            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+            Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclass

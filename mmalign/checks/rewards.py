@@ -9,6 +9,7 @@ from typing import Any
 
 from mmalign.checks.findings import Findings
 from mmalign.config import apply_overrides, parse
+from mmalign.core.registry import nearest
 from mmalign.rewards.probe import check_reward
 from mmalign.rewards.registry import RewardOptions, load_object, traits
 
@@ -41,6 +42,12 @@ def check_reward_spec(
         parts += [f"needs the columns {', '.join(declared.needs)}"] if declared.needs else []
         parts += ["differentiable"] if declared.differentiable else []
         findings.ok(f"{where}reward {found.name}: {'; '.join(parts)}")
+        named = list(inspect.signature(function).parameters)
+        for option in spec.arguments:
+            if option not in named:
+                close = nearest(option, named)
+                findings.warn(f"{where}reward {found.name}: option {option!r} is no parameter of it"
+                              f"{f'; did you mean {close!r}?' if close else '; it arrives among its **keywords'}")
         for problem in found.problems:
             findings.fail(f"{where}reward {found.name}: {problem}")
         for warning in found.warnings:

@@ -52,7 +52,7 @@ def policy_ratio(logp: Tensor, old_logp: Tensor | None, mask: Tensor | None = No
 
 
 def _aligned(advantages: Tensor, ratio: Tensor) -> Tensor:
-    if advantages.dim() == 1 and ratio.dim() == 2:
+    if ratio.dim() == 2 and advantages.shape == ratio.shape[:1]:
         advantages = advantages[:, None].expand_as(ratio)
     if advantages.shape != ratio.shape:
         raise ValueError(

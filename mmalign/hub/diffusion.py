@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmalign.errors import CheckpointError, ExportError
 from mmalign.hub.gap import Gap, compare
+from mmalign.hub.precision import cast_weights
 from mmalign.hub.source import Source, read_json, safetensors_headers, stored_dtype
 from mmalign.policies.diffusion_export import LORA_FILE, load_lora, load_pipeline, save_pipeline
 from mmalign.policies.pretrained import DTYPES
@@ -29,17 +30,10 @@ PROBE_SIZE = 256
 
 def load(path: str | Path, components: dict[str, Any] | None = None) -> Any:
     """A float32 pipeline without its progress bar; ExportError when diffusers cannot load it."""
-    from diffusers.utils import logging
-
-    shown = logging.is_progress_bar_enabled() if hasattr(logging, "is_progress_bar_enabled") else True
-    logging.disable_progress_bar()
     try:
         pipe = load_pipeline(path, components=components)
     except CheckpointError as error:
         raise ExportError(str(error).replace("model.path: ", "", 1)) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -130,7 +124,7 @@ def cast(pipe: Any, home: Path | None, dtype: str | None) -> str:
             continue
         stored = stored_dtype(home / name) if home is not None and (home / name).is_dir() else None
         precision = dtype or stored or "float32"
-        component.to(DTYPES[precision])
+        cast_weights(component, DTYPES[precision])
         chosen = precision if name == denoiser else chosen
     return chosen
 
@@ -150,7 +144,7 @@ def write_denoiser(source: Source, target: Path, *, dtype: str | None, max_shard
         stored = stored_dtype(home / name) if home is not None else None
     precision = dtype or stored or "float32"
     expected = {name: tensor.detach() for name, tensor in model.state_dict().items()}  # kept when the cast replaces them
-    model.to(DTYPES[precision])
+    cast_weights(model, DTYPES[precision])
     model.save_pretrained(target, safe_serialization=True, max_shard_size=max_shard_size)
     return compare(expected, load_denoiser(target).state_dict(), dtype=precision, tolerance=tolerance, what="weights")
 

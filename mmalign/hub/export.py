@@ -14,6 +14,7 @@ from mmalign.errors import ExportError
 from mmalign.hub.card import REPRODUCIBILITY_FILE, card_text, gather_facts, reproducibility
 from mmalign.hub.check import Check, check_export
 from mmalign.hub.gap import Gap
+from mmalign.hub.precision import quiet
 from mmalign.hub.source import CONVERSIONS, Source, locate, read_json, stored_dtype
 from mmalign.policies.provenance import hash_weights, write_provenance
 from mmalign.training.checkpoint import atomic_folder
@@ -100,7 +101,7 @@ def export(options: ExportOptions) -> ExportReport:
     _check_output(output, source, overwrite=options.overwrite)
     api = hub_client(options.push_to_hub) if options.push_to_hub else None
     facts = gather_facts(source, kind, repo_id=options.push_to_hub)
-    with atomic_folder(output) as folder:
+    with quiet(), atomic_folder(output) as folder:
         gap = _write(source, kind, folder, options)
         facts.gap, facts.dtype = None if gap is None else str(gap), stored_dtype(_weights_folder(folder, kind))
         facts.warnings = list(source.warnings)

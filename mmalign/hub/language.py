@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mmalign.data.progress import without_transformers_bars
 from mmalign.data.turns import end_of_turn_text, render_chat
 from mmalign.errors import ExportError
 from mmalign.hub.gap import Gap, compare
+from mmalign.hub.precision import cast_weights
 from mmalign.hub.source import Source, read_json, stored_dtype, tensor_entries
 from mmalign.policies.pretrained import DTYPES
 
@@ -38,18 +39,19 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """
     import transformers
 
-    with without_transformers_bars():
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder)
-            names = config.architectures or []
-            cls = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-            if cls is None:
-                raise ExportError(f"{folder}: architecture {names or 'unknown'} is not in transformers "
-                                  f"{transformers.__version__}; models with their own code are exported by copying their folder")
-            model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise ExportError(f"{folder} cannot be loaded by transformers ({type(error).__name__}: {reason})") from error
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        names = config.architectures or []
+        cls = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+        if cls is None:
+            raise ExportError(f"{folder}: architecture {names or 'unknown'} is not in transformers {transformers.__version__}; "
+                              "models with their own code are exported by copying their folder")
+        model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+    except ExportError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ExportError(f"{folder} cannot be loaded by transformers ({type(error).__name__}: {reason})") from error
     if info["missing_keys"]:
         raise ExportError(f"{folder} lacks weights that its config asks for: {', '.join(sorted(info['missing_keys'])[:4])}")
     return model.eval()
@@ -103,10 +105,9 @@ def save_model(model: Any, target: Path, dtype: str, max_shard_size: str, tokeni
     tokenizer = load_tokenizer(target)
     if tokenizer is not None and getattr(model, "generation_config", None) is not None:
         model.generation_config = finished_generation_config(model.generation_config, tokenizer)
-    model.to(DTYPES[dtype])
+    cast_weights(model, DTYPES[dtype])
     model.config.dtype = DTYPES[dtype]
-    with without_transformers_bars():
-        model.save_pretrained(target, max_shard_size=max_shard_size)
+    model.save_pretrained(target, max_shard_size=max_shard_size)
 
 
 def check_reload(expected: Tensor, target: Path, dtype: str, tolerance: float | None) -> Gap:

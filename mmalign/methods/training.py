@@ -67,12 +67,15 @@ class BuildContext:
     timer: PhaseTimer = field(default_factory=PhaseTimer)
     console: Console = field(default_factory=lambda: Console(stderr=True))
     quiet: bool = False
+    base_hash: str = ""
+    """Identity of the last policy loaded, before the tuning mode changed it."""
 
     def policy(self, options: ModelOptions, *, encoding: TextEncoding | None = None, **settings: Any) -> Policy:
         """Load a policy on the accelerator's device and apply the tuning mode."""
         if options.device is None:
             options = options.model_copy(update={"device": str(self.accelerator.device)})
         policy = load_policy(options, encoding=encoding, **settings)
+        self.base_hash = policy.identity()
         self.tuning.apply(policy, seed=self.seed)
         report = trainable_report(policy.module)
         self.say(f"model {options.path}: {report['all'] / 1e6:.2f} M parameters, {report['trainable'] / 1e6:.3f} M trainable, "
@@ -97,7 +100,7 @@ class BuildContext:
     def say(self, text: str) -> None:
         """Print one line on the main process."""
         if not self.quiet and self.accelerator.is_main_process:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def describe(report: PreparationReport) -> str:
@@ -167,11 +170,20 @@ def advantage_function(options: Any, *, key: str = "advantage") -> tuple[Advanta
     return advantages, statistics
 
 
-def run_training(
+@dataclass
+class PreparedTraining:
+    """A method built for a run: everything loaded, checked and wired, nothing trained yet."""
+
+    loop: Loop
+    parts: TrainingParts
+    context: BuildContext
+
+
+def prepare_training(
     method: Method, options: TrainOptions, *, folder: Path, seed: int, config_folder: Path, fingerprint: str,
     quiet: bool = False, name: str | None = None,
-) -> tuple[LoopResult, dict[str, str]]:
-    """Build a method's parts, run the loop, save the model; returns the result and the output paths."""
+) -> PreparedTraining:
+    """Load the model and data, apply the tuning mode and build the loop of a method."""
     loop_options = LoopOptions(precision=options.precision, checkpoint=options.checkpoint,
                                tracking=options.tracking.model_copy(update={"quiet": options.tracking.quiet or quiet}))
     accelerator = make_accelerator(loop_options, folder)
@@ -181,22 +193,31 @@ def run_training(
     _show_batch(shape, context)
     parts: TrainingParts = method.build(options, context)
     state.total_steps = total_steps(options, parts.rows, shape, rollout=method.rollout)
-    base_hash = parts.policy.identity() if accelerator.is_main_process else ""
-    hooks = _hooks(options, parts, context)
     loop = Loop(
         parts.objective, parts.experience, parts.policy, shape, state, options=loop_options, optimizers=options.optimizers,
         folder=folder, accelerator=accelerator, tuning=context.tuning, controller=parts.controller, timer=context.timer,
-        hooks=hooks, fingerprint=fingerprint, description=name or method.name,
+        hooks=_hooks(options, parts, context), fingerprint=fingerprint, description=name or method.name,
     )
-    result = loop.run()
+    return PreparedTraining(loop, parts, context)
+
+
+def run_training(
+    method: Method, options: TrainOptions, *, folder: Path, seed: int, config_folder: Path, fingerprint: str,
+    quiet: bool = False, name: str | None = None,
+) -> tuple[LoopResult, dict[str, str]]:
+    """Build a method's parts, run the loop, save the model; returns the result and the output paths."""
+    prepared = prepare_training(method, options, folder=folder, seed=seed, config_folder=config_folder,
+                                fingerprint=fingerprint, quiet=quiet, name=name)
+    result = prepared.loop.run()
+    accelerator, policy = prepared.context.accelerator, prepared.parts.policy
     outputs = {"model": str(folder / "model"), "metrics": str(folder / "metrics.jsonl"), "folder": str(folder)}
     if accelerator.is_main_process:
-        average = hooks.participants.get("ema")
+        average = prepared.loop.hooks.participants.get("ema")
         if isinstance(average, ExponentialAverage):
             average.copy_to_module()
         with atomic_folder(folder / "model") as model:
-            parts.policy.save_pretrained(model)
-            write_provenance(model, **_provenance(method, options, parts, base_hash))
+            policy.save_pretrained(model)
+            write_provenance(model, **_provenance(method, options, prepared))
     accelerator.wait_for_everyone()
     return result, outputs
 
@@ -210,11 +231,12 @@ def total_steps(options: TrainOptions, rows: int, shape: BatchShape, *, rollout:
     return max(1, math.ceil(options.epochs * rows / shape.examples_per_update))
 
 
-def _provenance(method: Method, options: TrainOptions, parts: TrainingParts, base_hash: str) -> dict[str, Any]:
+def _provenance(method: Method, options: TrainOptions, prepared: PreparedTraining) -> dict[str, Any]:
     path = resolve_model_path(options.model.path)
     return {
-        "base_model": options.model.path, "base_path": path if Path(path).is_dir() else None, "base_hash": base_hash,
-        "modality": parts.policy.modality, "method": method.name, **parts.provenance,
+        "base_model": options.model.path, "base_path": path if Path(path).is_dir() else None,
+        "base_hash": prepared.context.base_hash, "modality": prepared.parts.policy.modality, "method": method.name,
+        **prepared.parts.provenance,
     }
 
 

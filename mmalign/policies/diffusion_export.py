@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import warnings
@@ -42,13 +43,14 @@ def load_pipeline(
     local = Path(path).is_dir()
     if local and not (Path(path) / "model_index.json").is_file():
         raise CheckpointError(f"model.path: {path} has no model_index.json, so it is not a diffusers pipeline folder")
+    given = {**(_left_out(Path(path)) if local else {}), **(components or {})}
     try:
         with warnings.catch_warnings():
             # Renamed to ``dtype`` in 0.40, which older versions ignore without a word.
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             pipe = DiffusionPipeline.from_pretrained(
                 str(path), torch_dtype=DTYPES[dtype], use_safetensors=True, revision=revision, variant=variant,
-                local_files_only=local or HF_HUB_OFFLINE, trust_remote_code=False, **(components or {}),
+                local_files_only=local or HF_HUB_OFFLINE, trust_remote_code=False, **given,
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:400]
@@ -56,6 +58,20 @@ def load_pipeline(
                               f"({type(error).__name__}: {reason})") from error
     _check_complete(pipe, Path(path) if local else None)
     return pipe
+
+
+def _left_out(folder: Path) -> dict[str, None]:
+    """Components of the folder's pipeline class that its index does not name: they were None when it was saved."""
+    import diffusers
+
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"model.path: {folder}/model_index.json is damaged ({error})") from None
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    parameters = inspect.signature(kind.__init__).parameters if isinstance(kind, type) else {}
+    required = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return {name: None for name in required if name != "self" and name not in index and not (folder / name).exists()}
 
 
 def _check_complete(pipe: Any, folder: Path | None) -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
@@ -83,6 +83,7 @@ def test_value_where_policy_equals_reference(name, options, value):
     torch.testing.assert_close(loss(name, zero, zero, **options), torch.full_like(zero, value))
 
 
+@settings(deadline=None)
 @given(e=st.floats(0.0, 0.45), d=st.floats(-30, 30))
 def test_robust_is_unbiased_under_label_flips(e, d):
     """(1 - e) robust(D) + e robust(-D) is the loss without noise."""
@@ -158,7 +159,7 @@ def test_rows_that_coincide():
         loss("sppo_soft", chosen, rejected, torch.ones_like(chosen)), loss("sppo_hard", chosen, rejected)
     )
     torch.testing.assert_close(loss("bt_reward", chosen, rejected), loss("sigmoid", chosen, rejected, beta=1.0))
-    torch.testing.assert_close(loss("alphapo", chosen, rejected, alpha=1e-9), loss("simpo", chosen, rejected), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loss("alphapo", chosen, rejected, alpha=1e-9), loss("simpo", chosen, rejected), rtol=1e-6, atol=0)
     assert torch.equal(loss("linear", chosen), chosen)
 
 
@@ -201,8 +202,8 @@ def test_trl_loss_types_name_rows():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("sigmoid", {"beta": 0.0}, "beta"), ("ipo", {"beta": -1.0}, "beta"), ("robust", {"label_smoothing": 0.5}, "label_smoothing"),
-        ("cdpo", {"label_smoothing": 1.1}, "label_smoothing"), ("exo", {"label_smoothing": 0.0}, "label_smoothing"),
+        ("sigmoid", {"beta": 0.0}, "beta"), ("ipo", {"beta": -1.0}, "beta"),
+        ("robust", {"label_smoothing": 0.5}, "label_smoothing"), ("cdpo", {"label_smoothing": 1.1}, "label_smoothing"), ("exo", {"label_smoothing": 0.0}, "label_smoothing"),
         ("discopop", {"tau": 0.0}, "tau"),
     ],
 )

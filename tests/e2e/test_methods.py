@@ -1,0 +1,116 @@
+"""Every method's own configuration, run as it stands: it trains, resumes bit for bit, and exports what others can load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmalign.hub.fresh import load_in_fresh_process
+from mmalign.methods.registry import METHODS
+from mmalign.methods.training import prepare_training
+from mmalign.stages import load_plan, run_plan
+from mmalign.training.loop import Loop
+from mmalign.training.tracking import read_metrics
+
+METHOD_CONFIGS = {
+    "sft": "text/sft.yaml", "dpo": "text/dpo.yaml", "grpo": "text/grpo.yaml", "diffusion_sft": "diffusion/diffusion_sft.yaml",
+    "diffusion_dpo": "diffusion/diffusion_dpo.yaml", "ddpo": "diffusion/ddpo.yaml",
+}
+SMALL = {
+    "sft": ["batch.examples_per_update=8", "batch.examples_per_forward=4"],
+    "dpo": ["batch.examples_per_update=8", "batch.examples_per_forward=4"],
+    "grpo": ["batch.passes_per_rollout=2", "batch.examples_per_update=8", "batch.examples_per_forward=4", "kl.coef=0.05"],
+    "diffusion_sft": ["batch.examples_per_update=8", "batch.examples_per_forward=4", "ema={decay: 0.9}"],
+    "diffusion_dpo": ["batch.examples_per_update=8", "batch.examples_per_forward=4"],
+    "ddpo": ["batch.prompts_per_rollout=4", "batch.completions_per_prompt=2", "batch.examples_per_update=4", "sampling.steps=4",
+             "batch.examples_per_forward=4"],
+}
+
+
+def plan(root: Path, name: str, run_dir: Path, *overrides: str) -> Any:
+    return load_plan(root / "configs" / METHOD_CONFIGS[name], ["checkpoint.every=1", *SMALL[name], *overrides], run_dir=str(run_dir))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for file in sorted((folder / "model").rglob("*.safetensors")):
+        tensors.update({f"{file.relative_to(folder)}:{name}": t for name, t in load_file(file).items()})
+    return tensors
+
+
+def deterministic(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if "seconds" not in k and k != "examples_per_second"} for r in records]
+
+
+class Killed(BaseException):
+    """Stands for a kill in the middle of a run."""
+
+
+@pytest.mark.parametrize("name", METHOD_CONFIGS)
+def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(name: str, root: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    whole = run_plan(plan(root, name, tmp_path / "whole", "steps=4"), quiet=True)
+    original, calls = Loop.update, []
+
+    def interrupted(self: Loop, update: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return original(self, update)
+
+    monkeypatch.setattr(Loop, "update", interrupted)
+    with pytest.raises(Killed):
+        run_plan(plan(root, name, tmp_path / "parts", "steps=4"), quiet=True)
+    monkeypatch.setattr(Loop, "update", original)
+    assert not (tmp_path / "parts" / "model").exists()
+    resumed = run_plan(plan(root, name, tmp_path / "parts", "steps=4"), quiet=True)
+    manifest = next(iter(resumed.values()))
+    assert manifest["details"]["resumed_from"] == 2
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(tensor, found[key]), key
+    logs = [deterministic(read_metrics(tmp_path / part / "metrics.jsonl")) for part in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    assert all(record["grad_norm"] >= 0 for record in logs[0])
+    assert max(record["grad_norm"] for record in logs[0]) > 0
+    assert next(iter(whole.values()))["status"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHOD_CONFIGS)
+def test_configuration_runs_as_it_stands_and_its_model_loads_without_mmalign(name: str, root: Path, tmp_path: Path) -> None:
+    manifests = run_plan(load_plan(root / "configs" / METHOD_CONFIGS[name], run_dir=str(tmp_path / "run")), quiet=True)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["status"] == "done"
+    assert {"config", "versions", "seed", "inputs"} <= manifest.keys()
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert max(record["grad_norm"] for record in records) > 0
+    result = load_in_fresh_process(Path(next(iter(manifests.values()))["outputs"]["model"]))
+    assert result
+    again = run_plan(load_plan(root / "configs" / METHOD_CONFIGS[name], run_dir=str(tmp_path / "run")), quiet=True)
+    assert next(iter(again.values()))["finished"] == manifest["finished"]  # unchanged: skipped
+
+
+def build(root: Path, name: str, folder: Path) -> Any:
+    planned = plan(root, name, folder).stages[0]
+    method = METHODS.get(name)
+    from mmalign.config import parse
+
+    return prepare_training(method, parse(method.options, planned.tree), folder=folder, seed=0, fingerprint="",
+                            config_folder=root / "configs" / METHOD_CONFIGS[name].split("/")[0], quiet=True).parts.objective
+
+
+def test_text_and_diffusion_share_loss_functions(root: Path, tmp_path: Path) -> None:
+    text, images = build(root, "dpo", tmp_path / "a"), build(root, "diffusion_dpo", tmp_path / "b")
+    assert text.pairs[0][1].function is images.pairs[0][1].function
+    assert type(text) is type(images)
+    tokens, steps = build(root, "grpo", tmp_path / "c"), build(root, "ddpo", tmp_path / "d")
+    assert tokens.function is steps.function
+    assert type(tokens) is type(steps)
+    sentences, pictures = build(root, "sft", tmp_path / "e"), build(root, "diffusion_sft", tmp_path / "f")
+    assert type(sentences) is type(pictures)
