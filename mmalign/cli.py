@@ -35,17 +35,28 @@ def _run_tree(tree: dict[str, Any], overrides: list[str] | None, run_dir: str | 
     from mmalign.stages import make_plan
 
     tree = apply_overrides({"run_dir": run_dir or f"runs/{default}", **tree}, overrides or [])
-    _show_manifests(execute(make_plan(tree, config_folder=Path.cwd(), default_name=default)))
+    plan = make_plan(tree, config_folder=Path.cwd(), default_name=default)
+    _show_manifests(execute(plan), plan.run_dir)
 
 
-def _show_manifests(manifests: dict[str, dict[str, Any]]) -> None:
+def _show_manifests(manifests: dict[str, dict[str, Any]], run_dir: Path) -> None:
+    """Stages with what they made, before and after of every comparison, and where the page is."""
     from rich.table import Table
 
-    table = Table("stage", "seconds", "output", show_edge=False)
+    from mmalign.report.stage import results_table
+    from mmalign.stages import is_main_process
+
+    if not is_main_process():
+        return
+    table = Table("stage", "seconds", show_edge=False)
+    table.add_column("output", overflow="fold")  # a path that is cut cannot be copied
     for name, manifest in manifests.items():
-        output = next(iter(manifest["outputs"].values()), "")
-        table.add_row(name, f"{manifest['seconds']:.1f}", output)
+        table.add_row(name, f"{manifest['seconds']:.1f}", next(iter(manifest["outputs"].values()), ""))
     _console().print(table)
+    results = results_table(run_dir)
+    if results is not None and not any(manifest["kind"] == "report" for manifest in manifests.values()):
+        _console().print(results)
+    _console().print(f"report: {run_dir / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -54,7 +65,7 @@ def run(
     overrides: Overrides = None, run_dir: RunDir = None,
     only: Annotated[Optional[str], typer.Option(help="Run this stage again (earlier ones are kept)")] = None,  # noqa: UP045
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, run nothing")] = False,
-    modality: Annotated[Optional[str], typer.Option(hidden=True)] = None,  # noqa: UP007,UP045
+    modality: Annotated[Optional[str], typer.Option(hidden=True)] = None,  # noqa: UP045
 ) -> None:
     """Run a configuration: any method, stage or pipeline. Finished stages are skipped, interrupted ones resumed."""
     from mmalign.api import execute
@@ -67,7 +78,7 @@ def run(
         for planned in plan.stages:
             _console().print(f"{planned.name}: {planned.kind}", highlight=False)
         return
-    _show_manifests(execute(plan, only=only))
+    _show_manifests(execute(plan, only=only), plan.run_dir)
 
 
 def _refuse_other_modalities(kinds: list[str], modality: str) -> None:

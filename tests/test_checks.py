@@ -248,7 +248,8 @@ def test_the_guard_splits_listed_problems_and_keeps_other_messages_whole() -> No
         raise ConfigError("a sentence\nover two lines")
     with findings.guard("x"):
         raise KeyError("k")
-    assert [check.text for check in findings.checks] == ["a.b: wrong", "c: also wrong", "a sentence\nover two lines", "x: KeyError: 'k'"]
+    assert [check.text for check in findings.checks] == [
+        "a.b: wrong", "c: also wrong", "a sentence\nover two lines", "x: KeyError: 'k'"]
 
 
 @pytest.mark.parametrize("config", sorted(p.relative_to(REPOSITORY).as_posix() for p in (REPOSITORY / "configs").glob("*/*.yaml")

@@ -50,9 +50,10 @@ _MAX_MASK_ENTRIES = 1 << 27
 
 
 class Piece(NamedTuple):
-    """Tokens ``start:stop`` of sequence ``index``."""
+    """Tokens ``start:stop`` of one sequence."""
 
-    index: int
+    sequence: int
+    """Index of the sequence."""
     start: int
     stop: int
 
@@ -96,7 +97,7 @@ def pack(lengths: Sequence[int], capacity: int, strategy: str = "bfd") -> list[l
 
     With ``bfd_split`` and ``wrapped`` a sequence may be in several bins, with ``sequential`` an over-long one in none.
     """
-    return [[piece.index for piece in pieces] for pieces in pack_pieces(lengths, capacity, strategy)]
+    return [[piece.sequence for piece in pieces] for pieces in pack_pieces(lengths, capacity, strategy)]
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:
@@ -480,7 +481,8 @@ def _assemble(kind: LayoutKind, scored: Sequence[ScoredRow], bins: list[list[_Tr
     counts = [len(row.actions) for row in scored]
     empty = np.zeros(0, dtype=np.int64)
     return TokenLayout(
-        kind, len(scored), *(torch.from_numpy(array) for array in (ids, positions, segments, parents)),
+        kind, len(scored), torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(segments),
+        torch.from_numpy(parents),
         source=torch.from_numpy(np.concatenate([empty, *sources])),
         target=torch.from_numpy(np.concatenate([empty, *(row.targets for row in scored)])),
         row=torch.from_numpy(np.repeat(np.arange(len(scored)), counts)),

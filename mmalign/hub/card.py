@@ -15,6 +15,7 @@ REPRODUCIBILITY_FILE = "reproducibility.json"
 _SECRETS = ("token", "api_key", "password", "secret")
 _RELATIONS = {"transformers": "finetune", "merged": "finetune", "adapter": "adapter", "pipeline": "finetune", "unet": "finetune",
               "diffusers_lora": "adapter"}
+_TASKS = {"ForSequenceClassification": "text-classification", "ForConditionalGeneration": "image-text-to-text"}
 _KEY_OPTIONS = ("loss", "losses", "advantage", "kl", "tuning", "optimizers", "batch", "steps", "epochs", "sampling",
                 "passes_per_rollout", "precision")
 
@@ -60,6 +61,8 @@ class CardFacts:
     component: str = "unet"
     """Name of the denoiser in its pipeline."""
     repo_id: str | None = None
+    absent: list[str] = field(default_factory=list)
+    """Parts a pipeline was exported without, which its class asks for."""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -173,9 +176,8 @@ def card_data(facts: CardFacts) -> Any:
 
     library = {"adapter": "peft", "transformers": "transformers", "merged": "transformers"}.get(facts.kind, "diffusers")
     pipeline = "text-to-image" if library == "diffusers" else "text-generation"
-    if facts.kind in ("transformers", "merged") and facts.network_class and "CausalLM" not in facts.network_class:
-        pipeline = {"ForSequenceClassification": "text-classification", "ForConditionalGeneration": "image-text-to-text"}.get(
-            next((s for s in ("ForSequenceClassification", "ForConditionalGeneration") if s in facts.network_class), ""), pipeline)
+    if library == "transformers":
+        pipeline = next((task for suffix, task in _TASKS.items() if (facts.network_class or "").endswith(suffix)), pipeline)
     tags = ["mmalign", "alignment", *([facts.method] if facts.method else []), *([facts.modality] if facts.modality else [])]
     if library == "diffusers":
         tags += ["text-to-image", "diffusers", *(["lora"] if facts.kind == "diffusers_lora" else [])]
@@ -195,9 +197,10 @@ def card_data(facts: CardFacts) -> Any:
 
 def card_text(facts: CardFacts) -> str:
     """The whole README.md: metadata, what it is, how to load it, training, data, rewards, evaluation, limits."""
-    base = f"[{facts.base_id}](https://huggingface.co/{facts.base_id})" if facts.base_id else f"`{facts.base_label or 'no base model'}`"
+    base = f"`{facts.base_label}`" if facts.base_id is None else f"[{facts.base_id}](https://huggingface.co/{facts.base_id})"
     article = {
-        "transformers": "A language model", "merged": "A language model (adapter merged into its base)", "adapter": "A PEFT adapter",
+        "transformers": "A language model", "merged": "A language model (adapter merged into its base)",
+        "adapter": "A PEFT adapter",
         "pipeline": "A diffusion pipeline", "unet": "The denoiser of a diffusion pipeline", "diffusers_lora": "A diffusion LoRA",
     }[facts.kind]
     trained = f", trained from {base}" if facts.base_label or facts.base_id else ""
@@ -227,7 +230,8 @@ def snippet(facts: CardFacts) -> str:
                 f"base = AutoModelForCausalLM.from_pretrained(\"{base}\")\nmodel = PeftModel.from_pretrained(base, \"{here}\")")
     start = "import torch\nfrom diffusers import DiffusionPipeline"
     if facts.kind == "pipeline":
-        load = f"pipe = DiffusionPipeline.from_pretrained(\"{here}\")"
+        parts = "".join(f", {name}=None" for name in facts.absent)
+        load = f"pipe = DiffusionPipeline.from_pretrained(\"{here}\"{parts})"
     elif facts.kind == "diffusers_lora":
         load = f"pipe = DiffusionPipeline.from_pretrained(\"{base}\")\npipe.load_lora_weights(\"{here}\")"
     else:
@@ -239,8 +243,10 @@ def snippet(facts: CardFacts) -> str:
 
 
 def _training(facts: CardFacts) -> str:
-    rows = [("method", f"`{facts.method}`" if facts.method else None), ("paper", facts.paper), ("precision of the files", facts.dtype)]
-    rows += [(f"`{key}`", f"`{_short(facts.config[key])}`") for key in _KEY_OPTIONS if facts.config.get(key) not in (None, [], {})]
+    rows = [("method", f"`{facts.method}`" if facts.method else None), ("paper", facts.paper),
+            ("precision of the files", facts.dtype)]
+    set_options = {key: facts.config[key] for key in _KEY_OPTIONS if facts.config.get(key) not in (None, [], {})}
+    rows += [(f"`{key}`", f"`{_short(value)}`") for key, value in set_options.items()]
     rows.append(("seed", facts.manifest.get("seed")))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value is not None)
     note = f"The resolved configuration, package versions and data fingerprints are in `{REPRODUCIBILITY_FILE}`."
@@ -294,5 +300,8 @@ def reproducibility(facts: CardFacts, source: Source) -> dict[str, Any]:
 
 def _without_secrets(node: Any) -> Any:
     if isinstance(node, Mapping):
-        return {k: "***" if str(k).lower().endswith(_SECRETS) and isinstance(v, str) else _without_secrets(v) for k, v in node.items()}
+        return {
+            key: "***" if isinstance(value, str) and str(key).lower().endswith(_SECRETS) else _without_secrets(value)
+            for key, value in node.items()
+        }
     return [_without_secrets(v) for v in node] if isinstance(node, list) else node

@@ -20,6 +20,9 @@ EMBEDDINGS = (
     "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight", "embed_in.weight", "tok_embeddings.weight",
 )
 VLLM_DEFAULT_RANK = 16
+_WRAPPERS = (".lora_", ".base_layer.", ".modules_to_save.", "_orig_mod.", "_fsdp_wrapped_module.")
+"""Parts of tensor names that wrappers leave behind."""
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
 
@@ -77,7 +80,10 @@ def _card(folder: Path) -> Checks:
 
         data = ModelCard.load(card).data.to_dict()
         missing = [key for key in ("library_name", "pipeline_tag", "license") if not data.get(key)]
-        yield Check("warn", "card", f"metadata lack {', '.join(missing)}") if missing else Check("ok", "card", "metadata complete")
+        if missing:
+            yield Check("warn", "card", f"metadata lack {', '.join(missing)}")
+        else:
+            yield Check("ok", "card", "metadata complete")
     if not (folder / PROVENANCE_FILE).is_file():
         yield Check("warn", "provenance", f"no {PROVENANCE_FILE}; the base model is known by name at most")
 
@@ -93,18 +99,20 @@ def _weights(folder: Path) -> Checks:
         listed = read_json(index)["weight_map"]
         lost = [name for name, file in listed.items() if present.get(name) != file]
         if lost or set(listed) != set(present):
-            yield Check("fail", "weights", f"{index.name} does not match the shards ({(lost or sorted(set(present) - set(listed)))[0]})")
+            first = (lost or sorted(set(present) - set(listed)))[0]
+            yield Check("fail", "weights", f"{index.name} does not match the shards, for example in {first}")
             return
     for file, header in headers.items():
         end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
         if (folder / file).stat().st_size < end:
             yield Check("fail", "weights", f"{file} is cut short")
             return
-    foreign = [n for n in present if ".lora_" in n or ".base_layer." in n or ".modules_to_save." in n or n.startswith("_orig_mod.")]
+    foreign = [name for name in present if any(part in name for part in _WRAPPERS)]
     if foreign:
-        yield Check("fail", "weights", f"names that the plain library does not know, such as {foreign[0]}; merge the adapter first")
+        yield Check("fail", "weights", f"names that the plain library does not know, such as {foreign[0]}; merge the adapter")
         return
-    yield Check("ok", "weights", f"{len(present)} tensors in {len(headers)} file{'s' if len(headers) > 1 else ''}, {stored_dtype(folder)}")
+    files = f"{len(headers)} file{'s' if len(headers) > 1 else ''}"
+    yield Check("ok", "weights", f"{len(present)} tensors in {files}, {stored_dtype(folder)}")
 
 
 def _config(folder: Path) -> Checks:
@@ -194,12 +202,13 @@ def _tokenizer(folder: Path) -> Checks:
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     lacking = [token for token in stop_tokens(tokenizer) if token not in ends]
     if lacking:
-        names = tokenizer.convert_ids_to_tokens(lacking)
-        yield Check("fail", "generation_config", f"eos_token_id lacks {', '.join(names)}: chats would not stop at the end of a turn")
+        names = ", ".join(tokenizer.convert_ids_to_tokens(lacking))
+        yield Check("fail", "generation_config", f"eos_token_id lacks {names}: chats would not stop at the end of a turn")
     elif config.pad_token_id is None:
         yield Check("warn", "generation_config", "no pad_token_id; batched generation warns")
     else:
-        yield Check("ok", "generation_config", f"stops at {', '.join(tokenizer.convert_ids_to_tokens([e for e in ends if e is not None]))}")
+        names = ", ".join(tokenizer.convert_ids_to_tokens([token for token in ends if token is not None]))
+        yield Check("ok", "generation_config", f"stops at {names}")
 
 
 def _template(folder: Path, tokenizer: Any) -> Checks:
@@ -211,7 +220,7 @@ def _template(folder: Path, tokenizer: Any) -> Checks:
         yield Check("warn", "chat template", "has {% generation %} marks of training, which few inference engines know")
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # noqa: BLE001 - templates raise anything
+    except Exception as error:  # templates raise anything
         yield Check("fail", "chat template", f"does not render a user message ({error})")
     else:
         if not marked:
@@ -240,15 +249,16 @@ def _adapter(folder: Path) -> Checks:
         yield Check("warn", "target_modules", f"a pattern ({targets!r}), which vLLM does not resolve")
     yield from _ranks(folder, config)
     if str(config.get("init_lora_weights")).partition("_niter")[0] in ("pissa", "olora", "corda", "loftq", "eva"):
-        yield Check("warn", "init_lora_weights", f"{config['init_lora_weights']} changed the base weights at the start of training; "
-                                                 "kind=merged is the safe form to share")
+        yield Check("warn", "init_lora_weights", f"{config['init_lora_weights']} changed the base weights at the start of "
+                                                 "training; kind=merged is the safe form to share")
     yield from _vllm(config)
 
 
 def _ranks(folder: Path, config: dict[str, Any]) -> Checks:
     if config.get("peft_type") != "LORA" or config.get("rank_pattern"):
         return
-    ranks = {entry["shape"][0] for name, entry in tensor_entries(folder) if name.endswith("lora_A.weight") and len(entry["shape"]) == 2}
+    shapes = [entry["shape"] for name, entry in tensor_entries(folder) if name.endswith("lora_A.weight")]
+    ranks = {shape[0] for shape in shapes if len(shape) == 2}
     if ranks and ranks != {config.get("r")}:
         yield Check("fail", "rank", f"adapter_config.json says r = {config.get('r')}, the weights have {sorted(ranks)}")
     elif ranks:
@@ -271,10 +281,12 @@ def _vllm(config: dict[str, Any]) -> Checks:
     if config.get("target_parameters") or config.get("trainable_token_indices"):
         reasons.append("target_parameters or trained token rows")
     targets = config.get("target_modules") or []
-    odd = sorted({t for t in targets if t.rpartition(".")[2] in ("embed_tokens", "lm_head", "wte")} if isinstance(targets, list) else ())
+    if isinstance(targets, str):
+        targets = [targets]
+    odd = sorted({t for t in targets if t.rpartition(".")[2] in ("embed_tokens", "lm_head", "wte")})
     if odd:
         reasons.append(f"adapted embeddings ({', '.join(odd)})")
-    if isinstance(targets, list) and any("visi" in t for t in targets):
+    if any("visi" in t for t in targets):
         reasons.append("adapters in the vision tower")
     if reasons:
         yield Check("warn", "vLLM", f"refuses or ignores {'; '.join(reasons)}. Export kind=merged to serve this model there")
@@ -305,9 +317,21 @@ def _pipeline(folder: Path) -> Checks:
         yield Check("ok", "scheduler", f"{scheduler.get('_class_name')} {json.dumps(kept)}")
     else:
         yield Check("fail", "scheduler", "no scheduler_config.json, so images are sampled with other settings than in training")
+    absent = absent_parts(folder)
+    if absent:
+        yield Check("warn", "left out", f"{', '.join(absent)}: diffusers loads this folder only with {absent[0]}=None given")
     if "safety_checker" in components:
         given = components["safety_checker"][0] is not None
         yield Check("ok", "safety checker", "included" if given else "left out, as in the base model's folder")
+
+
+def absent_parts(folder: Path) -> list[str]:
+    """Components that a pipeline folder lacks although its class asks for them (SD3 without its T5 encoder)."""
+    import diffusers
+
+    index = read_json(folder / "model_index.json")
+    optional = getattr(getattr(diffusers, str(index.get("_class_name")), None), "_optional_components", [])
+    return [name for name, value in index.items() if isinstance(value, list) and value[0] is None and name not in optional]
 
 
 def _denoiser(folder: Path) -> Checks:
@@ -326,13 +350,14 @@ def _lora(folder: Path) -> Checks:
     parts = sorted({name.partition(".")[0] for name in shapes})
     strange = [part for part in parts if part not in ("unet", "transformer") and not part.startswith("text_encoder")]
     if strange or not parts:
-        yield Check("fail", "weights", f"entries start with {', '.join(strange) or 'nothing'}; unet, transformer or text_encoder is expected")
+        yield Check("fail", "weights", f"entries start with {', '.join(strange) or 'nothing'}; unet, transformer or "
+                                       "text_encoder is expected")
         return
     yield Check("ok", "weights", f"{len(shapes)} matrices for {', '.join(parts)}")
     metadata = lora_metadata(folder)
     if metadata is None:
-        yield Check("fail", "strength", "no adapter metadata in the header: diffusers assumes alpha = rank, the wrong strength for "
-                                        "any other alpha, without a word; export it again with mmalign")
+        yield Check("fail", "strength", "no adapter metadata in the header: diffusers assumes alpha = rank, the wrong strength "
+                                        "for any other alpha, without a word; export it again with mmalign")
         return
     for part in parts:
         rank, alpha = metadata.get(f"{part}.r"), metadata.get(f"{part}.lora_alpha")

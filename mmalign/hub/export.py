@@ -12,7 +12,7 @@ from typing import Any, Literal
 from mmalign.config import Options
 from mmalign.errors import ExportError
 from mmalign.hub.card import REPRODUCIBILITY_FILE, card_text, gather_facts, reproducibility
-from mmalign.hub.check import Check, check_export
+from mmalign.hub.check import Check, absent_parts, check_export
 from mmalign.hub.gap import Gap
 from mmalign.hub.precision import quiet
 from mmalign.hub.source import CONVERSIONS, Source, locate, read_json, stored_dtype
@@ -106,6 +106,7 @@ def export(options: ExportOptions) -> ExportReport:
         facts.gap, facts.dtype = None if gap is None else str(gap), stored_dtype(_weights_folder(folder, kind))
         facts.warnings = list(source.warnings)
         facts.network_class, facts.component = _network(folder, kind)
+        facts.absent = absent_parts(folder) if kind == "pipeline" else []
         _write_provenance(source, kind, folder)
         (folder / REPRODUCIBILITY_FILE).write_text(
             json.dumps(reproducibility(facts, source), indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8",
@@ -189,17 +190,18 @@ def _network(folder: Path, kind: str) -> tuple[str | None, str]:
 
 
 def _write_provenance(source: Source, kind: str, folder: Path) -> None:
-    record = {k: v for k, v in source.provenance.items() if k != "versions"}
+    record = {k: v for k, v in source.provenance.items() if k not in ("versions", "exported_as")}
     modality = record.pop("modality", None) or ("text" if kind in ("transformers", "adapter", "merged") else "diffusion")
     given = {
         "base_model": record.pop("base_model", None) or source.base_id or source.base,
-        "base_path": record.pop("base_path", None), "base_hash": record.pop("base_hash", None), "method": record.pop("method", None),
+        "base_path": record.pop("base_path", None), "base_hash": record.pop("base_hash", None),
+        "method": record.pop("method", None),
     }
     needs_base = kind in ("adapter", "diffusers_lora", "unet") and source.base_folder is not None
     # A path of this machine is kept only where nothing else leads to the base.
     given["base_path"] = str(source.base_folder) if needs_base and source.base_id is None else None
-    record["base_weights"] = hash_weights(source.base_folder) if needs_base and source.base_folder else record.get("base_weights")
-    write_provenance(folder, modality=modality, exported_as=kind, **given, **{k: v for k, v in record.items() if k != "exported_as"})
+    record["base_weights"] = hash_weights(str(source.base)) if needs_base else record.get("base_weights")
+    write_provenance(folder, modality=modality, exported_as=kind, **given, **record)
 
 
 def hub_client(repo_id: str) -> Any:

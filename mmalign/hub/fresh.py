@@ -54,7 +54,10 @@ if kind in ("transformers", "adapter"):
     answer["logits"] = logits[0].reshape(-1, logits.shape[-1])[-1, :8].tolist()
 else:
     import diffusers
-    load = lambda path, **parts: diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32, **parts)
+    def load(path, **parts):
+        index = diffusers.DiffusionPipeline.load_config(path)  # parts that were left out have to be named
+        absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
+        return diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32, **{**absent, **parts})
     if kind == "pipeline":
         pipe = load(folder)
     elif kind == "unet":

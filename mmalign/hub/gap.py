@@ -31,7 +31,8 @@ class Gap:
         return self.absolute / self.scale if self.scale else self.absolute
 
     def __str__(self) -> str:
-        return f"largest gap in {self.what} {self.absolute:.2e} ({self.relative:.1e} of the largest value, allowed {self.tolerance:.0e})"
+        return (f"largest gap in {self.what} {self.absolute:.2e} ({self.relative:.1e} of the largest value, allowed "
+                f"{self.tolerance:.0e})")
 
 
 def compare(

@@ -132,7 +132,8 @@ def _check_base(source: Source, *, explicit: bool) -> None:
     found = hash_weights(folder)
     if found == expected:
         return
-    text = f"the weights in {folder} (sha256 {str(found)[:12]}) are not those that {source.folder} was trained on ({expected[:12]})"
+    text = (f"the weights in {folder} (sha256 {str(found)[:12]}) are not those that {source.folder} was trained on "
+            f"({expected[:12]})")
     if not explicit:
         raise ExportError(f"base: {text}; restore them, or give base=<folder> to use other weights on purpose")
     source.warnings.append(f"{text}; base= was given, so they are used all the same")

@@ -64,6 +64,7 @@ def policy_gradient_parts(
     missing = [column for column in ("prompt",) if column not in examples[0]]
     if missing:
         raise ConfigError(f"data: column {missing[0]!r} is missing; columns are {', '.join(examples[0])}")
+    policy.check_prompts([example["prompt"] for example in examples])
     reference = make_reference(policy, options.reference) if options.kl.coef else None
     rewards = context.rewards(options.rewards, on_error=options.on_reward_error)
     settings = RolloutSettings(

@@ -283,6 +283,10 @@ class Policy(Scorer, Sampler, Protocol):
         """
         ...
 
+    def check_prompts(self, prompts: Sequence[Any]) -> None:
+        """Raise DataError for a prompt that could not be sampled from, before any work starts."""
+        ...
+
     def encode_rows(self, examples: Sequence[Mapping[str, Any]]) -> Rows:
         """Scorer inputs of prepared examples: what :meth:`action_mask` and :meth:`log_probs` take."""
         ...

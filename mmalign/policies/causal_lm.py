@@ -12,17 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.core.logprobs import ActionScores
-from mmalign.data.chat import (
-    IGNORED, PreparationReport, TextEncoder, TextEncoding, decode_completion, encode_dataset,
-)
+from mmalign.data.chat import IGNORED, PreparationReport, TextEncoder, TextEncoding, decode_completion, encode_dataset
 from mmalign.data.packing import PAIRS_PER_TOKEN, LayoutMode, TokenLayout, choose_layout, scored_rows
 from mmalign.data.rows import Rows
 from mmalign.errors import ConfigError, DataError
 from mmalign.policies.base import Draw, Rollout, TextSampling
 from mmalign.policies.engines import ENGINES, RolloutEngine, RolloutResult
-from mmalign.policies.modules import (
-    evaluating, is_adapted, is_peft_model, module_identity, prompt_learning, unwrap,
-)
+from mmalign.policies.modules import evaluating, is_adapted, is_peft_model, module_identity, prompt_learning, unwrap
 from mmalign.policies.pretrained import load_causal_lm
 from mmalign.policies.token_scores import TokenScores
 
@@ -252,6 +248,13 @@ class CausalLMPolicy:
         return [
             [int(token) for token in prompt] if _is_ids(prompt) else self.encoder.prompt(prompt) for prompt in prompts
         ]
+
+    def check_prompts(self, prompts: Sequence[Any]) -> None:
+        """Raise DataError for a prompt without tokens, or one that leaves no room in the model's window."""
+        for row, ids in enumerate(self.encode_prompts(prompts)):
+            if not ids or (self.window is not None and len(ids) >= self.window):
+                raise DataError(f"data: the prompt of row {row} has {len(ids)} tokens; a completion needs at least one and "
+                                f"room in the model's window of {self.window}. Shorten or drop the row")
 
     def sample(self, prompts: Sequence[Any], n: int, sampling: TextSampling, generator: torch.Generator) -> Rollout:
         """``n`` completions of every prompt, with the log-probs of the distribution they were drawn from.

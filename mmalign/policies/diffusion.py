@@ -277,6 +277,12 @@ class DiffusionPolicy:
         """
         return prepare_images(examples, fields, smallest=self.codec.factor, truncated=self.denoiser.truncated)
 
+    def check_prompts(self, prompts: Sequence[Any]) -> None:
+        """Raise DataError for a prompt that is not text; captions over the encoder's limit are cut when encoded."""
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise DataError(f"data: the prompt of row {row} is a {type(prompt).__name__}; images are drawn from text")
+
     def encode_rows(self, examples: Sequence[Mapping[str, Any]]) -> Rows:
         """Data rows of examples: float32 ``latents[B, C, h, w]`` and encoded prompts, on the CPU.
 

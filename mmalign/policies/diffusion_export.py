@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import warnings
@@ -61,17 +60,12 @@ def load_pipeline(
 
 
 def _left_out(folder: Path) -> dict[str, None]:
-    """Components of the folder's pipeline class that its index does not name: they were None when it was saved."""
-    import diffusers
-
+    """Components that were None when the folder was saved: diffusers asks for some of them (SD3's T5) to be given again."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"model.path: {folder}/model_index.json is damaged ({error})") from None
-    kind = getattr(diffusers, str(index.get("_class_name")), None)
-    parameters = inspect.signature(kind.__init__).parameters if isinstance(kind, type) else {}
-    required = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    return {name: None for name in required if name != "self" and name not in index and not (folder / name).exists()}
+    return {name: None for name, entry in index.items() if entry == [None, None]}
 
 
 def _check_complete(pipe: Any, folder: Path | None) -> None:
@@ -147,16 +141,9 @@ def _check_strength(file: Path) -> None:
 def save_pipeline(pipe: Any, folder: Path) -> None:
     """Write the whole pipeline so that ``DiffusionPipeline.from_pretrained(folder)`` gives it back.
 
-    Components that were left out (SD3 without T5) are recorded as absent; diffusers would otherwise ask for them.
+    Only an SD3 pipeline without T5 needs ``text_encoder_3=None, tokenizer_3=None`` there, as diffusers does for its own.
     """
     pipe.save_pretrained(folder, safe_serialization=True)
-    index = folder / "model_index.json"
-    entries = json.loads(index.read_text(encoding="utf-8"))
-    absent = {name: [None, None] for name, part in pipe.components.items() if part is None and name not in entries}
-    if absent:
-        partial = index.with_name(f".{index.name}.partial")
-        partial.write_text(json.dumps(entries | absent, indent=2) + "\n", encoding="utf-8")
-        partial.replace(index)
 
 
 def save_lora(pipe: Any, folder: Path, *, names: tuple[str, ...]) -> None:

@@ -18,9 +18,9 @@ _CHUNK = 1 << 22
 """Elements hashed at a time, so that hashing never needs a second copy of a tensor."""
 
 
-def unwrap(module: nn.Module) -> Any:
+def unwrap(module: Any) -> Any:
     """The network inside DistributedDataParallel, FSDP1 and ``torch.compile`` wrappers (adapters stay)."""
-    wrappers: tuple[type, ...] = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    wrappers: tuple[Any, ...] = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     if torch.distributed.is_available():
         from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -101,8 +101,8 @@ def adapter_parameter_names(module: nn.Module) -> set[str]:
             if not name.startswith(f"{base}."):
                 names.add(f"{prefix}.{name}" if prefix else name)
     if is_peft_model(module):
-        base = {id(parameter) for parameter in unwrap(module).get_base_model().parameters()}
-        names |= {name for name, parameter in module.named_parameters() if id(parameter) not in base}
+        of_base = {id(parameter) for parameter in unwrap(module).get_base_model().parameters()}
+        names |= {name for name, parameter in module.named_parameters() if id(parameter) not in of_base}
     return names
 
 
@@ -116,38 +116,47 @@ def adapters_are_identity(module: nn.Module) -> bool:
     return bool(layers) and all(_is_identity(layer) for layer in layers)
 
 
-def _is_identity(layer: nn.Module) -> bool:
-    active = [name for name in active_adapters(layer) if name not in getattr(layer, "merged_adapters", [])]
-    if getattr(layer, "merged_adapters", []):
+def _is_identity(layer: Any) -> bool:
+    if getattr(layer, "merged_adapters", None):
         return False
+    names = active_adapters(layer)
     if hasattr(layer, "modules_to_save"):
-        original = dict(layer.original_module.named_parameters())  # type: ignore[union-attr, operator]
+        original = dict(layer.original_module.named_parameters())
         return all(
             torch.equal(value, original[key])
-            for name in active if name in layer.modules_to_save  # type: ignore[operator]
-            for key, value in layer.modules_to_save[name].named_parameters()  # type: ignore[index]
+            for name in names if name in layer.modules_to_save
+            for key, value in layer.modules_to_save[name].named_parameters()
         )
-    for name in active:
-        tensors = [
-            part[name] for attribute in ("lora_B", "lora_embedding_B", "vera_lambda_b", "ia3_l")
-            if name in (part := getattr(layer, attribute, {}))
+    return all(_adds_nothing(layer, name) for name in names if _holds(layer, name))
+
+
+_NEUTRAL = {"lora_B": 0.0, "lora_embedding_B": 0.0, "vera_lambda_b": 0.0, "ia3_l": 1.0}
+"""Factors of an adapter that make it do nothing when all their entries have this value."""
+
+
+def _adds_nothing(layer: Any, name: str) -> bool:
+    factors: list[tuple[Any, float]] = [
+        (getattr(layer, attribute)[name], neutral) for attribute, neutral in _NEUTRAL.items()
+        if name in getattr(layer, attribute, {})
+    ]
+    if factors:
+        tensors: list[tuple[Any, float]] = [
+            (factor.weight if isinstance(factor, nn.Module) else factor, neutral) for factor, neutral in factors
         ]
-        values = [tensor.weight if isinstance(tensor, nn.Module) else tensor for tensor in tensors]
-        neutral = 1.0 if name in getattr(layer, "ia3_l", {}) else 0.0
-        if values:
-            magnitude = getattr(layer, "lora_magnitude_vector", {})
-            if any(bool((value != neutral).any()) for value in values) or _changed_magnitude(layer, magnitude, name):
-                return False
-        elif name in getattr(layer, "lora_magnitude_vector", {}):
-            return False
-        elif _holds(layer, name):
-            try:
-                difference = layer.get_delta_weight(name)  # type: ignore[operator]
-            except (AttributeError, NotImplementedError, TypeError, RuntimeError):
-                return False
-            if bool((difference != 0).any()):
-                return False
-    return True
+        return all(torch.equal(t, torch.full_like(t, neutral)) for t, neutral in tensors) and _keeps_magnitude(layer, name)
+    try:
+        return not bool(layer.get_delta_weight(name).any())
+    except (AttributeError, NotImplementedError, TypeError, RuntimeError):
+        return False
+
+
+def _keeps_magnitude(layer: Any, name: str) -> bool:
+    """Whether DoRA's magnitudes, if there are any, are the norms of the base weight's rows (their initial values)."""
+    magnitudes = getattr(layer, "lora_magnitude_vector", {})
+    if name not in magnitudes:
+        return True
+    norms = torch.linalg.vector_norm(layer.base_layer.weight.float(), dim=1)
+    return torch.allclose(magnitudes[name].weight.float().flatten(), norms, rtol=1e-5)
 
 
 def active_adapters(layer: nn.Module) -> list[str]:
@@ -158,15 +167,6 @@ def active_adapters(layer: nn.Module) -> list[str]:
 
 def _holds(layer: nn.Module, name: str) -> bool:
     return any(name in getattr(layer, attribute, {}) for attribute in getattr(layer, "adapter_layer_names", ()))
-
-
-def _changed_magnitude(layer: nn.Module, magnitude: Any, name: str) -> bool:
-    """Whether DoRA's magnitude differs from the norm of the base weight's rows (its initial value)."""
-    if name not in magnitude:
-        return False
-    base: Tensor = layer.base_layer.weight  # type: ignore[union-attr, assignment]
-    norm = torch.linalg.vector_norm(base.float(), dim=1)
-    return not torch.allclose(magnitude[name].weight.float().flatten(), norm, rtol=1e-5)
 
 
 def module_identity(module: nn.Module) -> str:

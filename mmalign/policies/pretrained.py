@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from mmalign.errors import CheckpointError, ConfigError, MmalignError
 
@@ -82,8 +80,7 @@ def _naming(path: str) -> Iterator[None]:
         yield
     except (MmalignError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, AttributeError, struct.error,
-            SafetensorError) as error:
+    except Exception as error:  # readers raise all sorts; tokenizers a bare Exception
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         folder = Path(path)
         if not folder.exists():
@@ -113,12 +110,11 @@ def _only_gguf(folder: Path) -> str | None:
 def _load_model(path: str, dtype: torch.dtype, attention: str, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
+    load: Any = AutoModelForCausalLM.from_pretrained
     options = {name: value for name, value in options.items() if value is not None}
     if "gguf_file" in options:
         options |= _unpacked()
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options,
-    )
+    model, info = load(path, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     mismatched = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"]]
     if missing or mismatched:

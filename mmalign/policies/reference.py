@@ -21,8 +21,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, ContextManager, Literal
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -35,7 +35,13 @@ from mmalign.data.rows import Rows
 from mmalign.errors import CheckpointError, ConfigError, DataError
 from mmalign.policies.base import Draw, Policy, Scorer
 from mmalign.policies.modules import (
-    adapter_parameter_names, adapters_are_identity, adapters_disabled, evaluating, is_adapted, module_identity, unwrap,
+    adapter_parameter_names,
+    adapters_are_identity,
+    adapters_disabled,
+    evaluating,
+    is_adapted,
+    module_identity,
+    unwrap,
 )
 
 logger = logging.getLogger(__name__)
@@ -83,7 +89,7 @@ class Reference:
         self.policy = policy
         self._identity: str | None = None
 
-    def weights(self) -> ContextManager[None]:
+    def weights(self) -> AbstractContextManager[None]:
         """Inside the block the policy's module computes the reference."""
         return nullcontext()
 
@@ -150,7 +156,7 @@ class AdapterOffReference(Reference):
             logger.warning("reference.kind adapter_off compares with the base model, but the adapter is not at zero: the "
                            "policy starts away from its reference. adapter_ref keeps the adapter as it is now")
 
-    def weights(self) -> ContextManager[None]:
+    def weights(self) -> AbstractContextManager[None]:
         """Adapters disabled."""
         return adapters_disabled(self.policy.module)
 
@@ -310,7 +316,8 @@ class PrecomputedReference(Reference):
             raise DataError(f"{len(missing)} of {len(rows)} rows have no precomputed reference score, and the weights have "
                             "moved since: precompute the whole data set before training, or use another reference.kind")
         if missing:
-            part = super().log_probs(rows.take(missing), draw=None if draw is None else draw.take(missing), temperature=temperature)
+            drawn = None if draw is None else draw.take(missing)
+            part = super().log_probs(rows.take(missing), draw=drawn, temperature=temperature)
             for at, row in enumerate(missing):
                 self.stored[keys[row]] = part.logp[at][part.mask[at]].cpu()
         mask = self.policy.action_mask(rows)

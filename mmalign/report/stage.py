@@ -11,13 +11,13 @@ from mmalign.config import Options
 from mmalign.errors import ConfigError
 from mmalign.report.charts import number, signed
 from mmalign.report.page import write_report
-from mmalign.report.runs import Run, read_run, results
+from mmalign.report.runs import read_run, results
 from mmalign.stages import StageContext, StageResult, is_main_process, stage
 
 
-def results_table(run: Run) -> Table | None:
+def results_table(run_dir: Path) -> Table | None:
     """Before, after and difference of every compared evaluation as a terminal table; None when there is none."""
-    compared = [result for result in results(run) if result.compared]
+    compared = [result for result in results(read_run(run_dir)) if result.compared]
     if not compared:
         return None
     table = Table("evaluation", "reward", "before", "after", "difference", "standard errors", show_edge=False)
@@ -43,7 +43,7 @@ def report(options: ReportOptions, context: StageContext) -> StageResult:
     target = run_dir / "report.html"
     if is_main_process():
         write_report(run_dir, target)
-        table = results_table(read_run(run_dir))
+        table = results_table(run_dir)
         if table is not None and not context.quiet:
             Console(stderr=True).print(table)
         context.say(f"report: {target}")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from harness import Measurement, Meter
 
 Prepare = Callable[[Any], None]
@@ -19,51 +18,33 @@ Prepare = Callable[[Any], None]
 def train(
     method_name: str, tree: Mapping[str, Any], *, steps: int, prepare: Prepare | None = None, **fields: Any,
 ) -> Measurement:
-    """Run ``steps`` updates after one warm-up; ``tree`` is what a configuration file would hold."""
+    """Run ``steps`` updates after one warm-up, as ``mmalign run`` would; ``tree`` is what a configuration file holds."""
     torch.set_num_threads(1)
     import text_llm
     from mmalign.config import parse
     from mmalign.methods.registry import METHODS
-    from mmalign.methods.training import BuildContext
-    from mmalign.training.experience import resolve_batch
-    from mmalign.training.loop import Hooks, Loop, LoopOptions, make_accelerator
-    from mmalign.training.objective import TrainState
-    from mmalign.training.tracking import TrackingOptions, read_metrics
-    from mmalign.training.tuning.base import make_tuning
+    from mmalign.methods.training import BuildContext, prepare_training
+    from mmalign.training.tracking import read_metrics
 
     text_llm.register()
     method = METHODS.get(method_name)
-    options: Any = parse(method.options, tree)
-    folder = Path(os.environ.get("MMALIGN_BENCH_FOLDER", tempfile.mkdtemp(prefix="mmalign-bench-"))) / "run"
-    loop_options = LoopOptions(steps=steps + 1, tracking=TrackingOptions(quiet=True))
-    accelerator = make_accelerator(loop_options, folder)
-    shape = resolve_batch(options.batch, world_size=1, rollout=method.rollout)
-    state = TrainState(seed=0, total_steps=steps + 1)
+    options: Any = parse(method.options, {**tree, "steps": steps + 1})
+    folder = Path(os.environ.get("MMALIGN_BENCH_FOLDER") or tempfile.mkdtemp(prefix="mmalign-bench-")) / "run"
     meter = Meter()
-    context = BuildContext(folder, 0, Path.cwd(), accelerator, state, shape, make_tuning(options.tuning), quiet=True)
-    load = context.policy
+    load = BuildContext.policy
 
-    def load_and_measure(*positional: Any, **settings: Any) -> Any:
-        policy = load(*positional, **settings)
+    def load_and_measure(context: Any, *positional: Any, **settings: Any) -> Any:
+        policy = load(context, *positional, **settings)
         meter.model_loaded()
         return policy
 
-    context.policy = load_and_measure  # type: ignore[method-assign]
+    BuildContext.policy = load_and_measure  # type: ignore[method-assign]
     _import_everything()
-    parts = method.build(options, context)
+    prepared = prepare_training(method, options, folder=folder, seed=0, config_folder=Path.cwd(), fingerprint="", quiet=True)
     if prepare is not None:
-        prepare(parts)
-    hooks = Hooks()
-    if parts.reference is not None:
-        reference = parts.reference
-        hooks.after_update.append(lambda state: reference.after_update(state.step))
-    hooks.after_update.append(lambda _state: meter.mark())
-    loop = Loop(
-        parts.objective, parts.experience, parts.policy, shape, state, options=loop_options, optimizers=options.optimizers,
-        folder=folder, accelerator=accelerator, tuning=context.tuning, controller=parts.controller, timer=context.timer,
-        hooks=hooks,
-    )
-    loop.run()
+        prepare(prepared.parts)
+    prepared.loop.hooks.after_update.append(lambda _state: meter.mark())
+    prepared.loop.run()
     log = read_metrics(folder / "metrics.jsonl")
     values = {name: [line[name] for line in log] for name in ("loss", "grad_norm")}
     return meter.measurement(values=values, **fields)

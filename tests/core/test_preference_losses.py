@@ -203,7 +203,8 @@ def test_trl_loss_types_name_rows():
     ("name", "options", "message"),
     [
         ("sigmoid", {"beta": 0.0}, "beta"), ("ipo", {"beta": -1.0}, "beta"),
-        ("robust", {"label_smoothing": 0.5}, "label_smoothing"), ("cdpo", {"label_smoothing": 1.1}, "label_smoothing"), ("exo", {"label_smoothing": 0.0}, "label_smoothing"),
+        ("robust", {"label_smoothing": 0.5}, "label_smoothing"), ("cdpo", {"label_smoothing": 1.1}, "label_smoothing"),
+        ("exo", {"label_smoothing": 0.0}, "label_smoothing"),
         ("discopop", {"tau": 0.0}, "tau"),
     ],
 )
@@ -231,6 +232,7 @@ def test_a_loss_can_be_added_from_outside():
         return (chosen_logratio - rejected_logratio).square()
 
     row = PREFERENCE_LOSSES.get("test-only-square")
+    PREFERENCE_LOSSES._entries.pop("test_only_square")  # other tests walk the table
     assert (row.function, row.logratio, row.reference, row.default_beta) == (square, "mean", False, 1.0)
 
 

@@ -15,7 +15,8 @@ from mmalign.core.selection import best_of_group, best_worst_pair, kept_count, m
 
 
 @pytest.mark.parametrize(
-    ("n", "fraction", "kept"), [(30, 0.1, 3), (10, 0.29, 2), (10, 0.0, 0), (10, 0.01, 1), (0, 0.5, 0), (7, 1.0, 7), (100, 0.29, 29)]
+    ("n", "fraction", "kept"),
+    [(30, 0.1, 3), (10, 0.29, 2), (10, 0.0, 0), (10, 0.01, 1), (0, 0.5, 0), (7, 1.0, 7), (100, 0.29, 29)],
 )
 def test_kept_count(n, fraction, kept):
     assert kept_count(n, fraction) == kept

@@ -266,18 +266,20 @@ def test_a_tokenizer_without_end_token_is_refused():
 
 ROWS = [{"id": "a", "prompt": "2 + 2 =", "completion": " 4", "weight": 0.5},
         {"id": "b", "prompt": "1" * 80, "completion": " 2", "weight": 1.0},
-        {"id": "c", "prompt": "3 =", "completion": " " + "3" * 80, "weight": 2.0}]
+        {"id": "c", "prompt": "3 =", "completion": " " + "3" * 80, "weight": 2.0},
+        {"id": "d", "prompt": "4 =", "completion": " 4", "weight": 4.0}]
 
 
 def test_data_sets_report_what_they_lose(plain):
     encoded, report = encode_dataset(ROWS, plain, TextEncoding(max_length=32))
-    assert [row["id"] for row in encoded] == ["a", "c"]
-    assert [row["weight"] for row in encoded] == [0.5, 2.0]
+    assert [row["id"] for row in encoded] == ["a", "c", "d"]
+    assert [row["weight"] for row in encoded] == [0.5, 2.0, 4.0]
     assert "completion" not in encoded[0]
-    assert (report.rows, report.kept, report.truncated) == (3, 2, 1)
+    assert (report.rows, report.kept, report.truncated) == (4, 3, 1)
+    assert [row["truncated"] for row in encoded] == [False, True, False]
     assert report.dropped == {"the prompt alone reaches max_length": 1}
     assert report.example == "2 + 2 =⟦ 4<|im_end|>⟧"
-    assert "50.0% truncated" in report.summary()
+    assert "33.3% truncated" in report.summary()
 
 
 @pytest.mark.parametrize("fields", [(), PAIR])

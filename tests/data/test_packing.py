@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmalign.data.packing import (
-    PACKERS, Piece, choose_layout, layout_packed, layout_padded, layout_shared_prefix, pack, pack_pieces,
+    PACKERS,
+    Piece,
+    choose_layout,
+    layout_packed,
+    layout_padded,
+    layout_shared_prefix,
+    pack,
+    pack_pieces,
 )
 from mmalign.data.rows import Rows
 from mmalign.errors import DataError
@@ -55,7 +62,7 @@ def test_every_kept_token_is_in_one_bin(lengths: list[int], capacity: int, strat
     bins = pack_pieces(lengths, capacity, strategy)
     assert bins == pack_pieces(lengths, capacity, strategy)
     assert all(0 < sum(piece.stop - piece.start for piece in bin_) <= capacity for bin_ in bins)
-    seen = sorted((piece.index, token) for bin_ in bins for piece in bin_ for token in range(piece.start, piece.stop))
+    seen = sorted((piece.sequence, token) for bin_ in bins for piece in bin_ for token in range(piece.start, piece.stop))
     kept = [
         (index, token) for index, length in enumerate(lengths)
         if not (strategy == "sequential" and length > capacity)

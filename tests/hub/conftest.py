@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "policies"))  # the tiny diffusion pipelines are shared with those tests
 
-from mmalign.data.tiny_llama import build_tiny_llama  # noqa: E402
-from mmalign.policies.provenance import write_provenance  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory) -> Path:
     """A tied Llama with a ChatML tokenizer whose template has generation marks."""
+    from mmalign.data.tiny_llama import build_tiny_llama
+
     folder = tmp_path_factory.mktemp("llama") / "base"
     build_tiny_llama(folder)
     return folder
@@ -32,55 +29,3 @@ def sd(tmp_path_factory) -> Path:
     folder = save_tiny_sd(tmp_path_factory.mktemp("sd") / "base")
     (folder / "README.md").write_text("---\nlicense: openrail++\n---\n# base\n")
     return folder
-
-
-def train_adapter(base: Path, folder: Path, **config: Any) -> Any:
-    """A PEFT adapter with random, non-zero updates; returns the live model."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    options = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **config}
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**options))
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data.add_(noise * (0.2 if "lora_" in name else 0.02))
-    model.save_pretrained(folder)
-    write_provenance(folder, base_model=str(base), base_path=base, base_hash="x", modality="text", method="sft")
-    return model.eval()
-
-
-def train_lora(base: Path, folder: Path, *, rank: int = 4, alpha: float = 16, provenance: bool = True) -> Any:
-    """A diffusers LoRA as ``mmalign`` saves it; returns the live pipeline."""
-    from diffusers import DiffusionPipeline
-    from tiny_diffusion import add_lora
-
-    from mmalign.policies.diffusion_export import save_lora
-
-    pipe = DiffusionPipeline.from_pretrained(base)
-    pipe.set_progress_bar_config(disable=True)
-    add_lora(pipe.unet, rank=rank, alpha=alpha, scale=0.1)
-    pipe.unet.peft_config = {"default": next(m for m in pipe.unet.modules() if hasattr(m, "peft_config")).peft_config["default"]} \
-        if not hasattr(pipe.unet, "peft_config") else pipe.unet.peft_config
-    save_lora(pipe, folder, names=("unet",))
-    if provenance:
-        write_provenance(folder, base_model=str(base), base_path=base, modality="diffusion", method="ddpo")
-    return pipe
-
-
-def make_run(model: Path, **manifest: Any) -> Path:
-    """Give the model folder ``<run>/model`` the manifest and metrics of a run."""
-    run = model.parent
-    (run / "manifest.json").write_text(json.dumps({
-        "name": "run", "kind": "sft", "status": "done", "seed": 3, "versions": {"torch": "2"}, "git": "abc", "inputs": {"d": "1f"},
-        "metrics": {}, "config": {"data": {"path": "org/some-data"}, "loss": {"name": "nll"}, "rewards": [
-            {"name": "answer_match", "weight": 2.0, "label": None, "extract": "tag"}], "tracking": {"wandb_api_key": "hush"}},
-        **manifest,
-    }))
-    (run / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in (
-        {"step": 0, "eval/answer_match": 0.25, "eval/answer_match/error": 0.05}, {"step": 1, "loss": 2.0},
-        {"step": 2, "eval/answer_match": 0.75, "eval/answer_match/error": 0.04},
-    )) + "\n")
-    return run

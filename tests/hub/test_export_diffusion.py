@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import train_lora
+from hub_models import add_config, train_lora
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -84,7 +84,8 @@ def test_unet_alone_in_the_base_pipeline(sd, tmp_path):
     fused = export(ExportOptions(model=str(tmp_path / "lora"), output=str(tmp_path / "fused"), kind="pipeline")).folder
     for source, name in ((tmp_path / "lora", "from_lora"), (fused, "from_pipeline")):
         out = export(ExportOptions(model=str(source), output=str(tmp_path / name), kind="unet")).folder
-        assert {p.name for p in out.iterdir()} >= {"config.json", "diffusion_pytorch_model.safetensors", "README.md", "mmalign.json"}
+        names = {"config.json", "diffusion_pytorch_model.safetensors", "README.md", "mmalign.json"}
+        assert {p.name for p in out.iterdir()} >= names
         assert failures(out) == []
     assert load_in_fresh_process(out, base=sd).image_hash == picture_hash(live)
     whole = export(ExportOptions(model=str(out), output=str(tmp_path / "whole"), kind="pipeline", base=str(sd)))
@@ -118,10 +119,7 @@ def test_sdxl_and_sd3_loras(tmp_path):
         save_pipeline(pipe, base)
         network = getattr(pipe, component)
         add_lora(network, rank=2, alpha=8, scale=0.1)
-        if not hasattr(network, "peft_config"):
-            from peft import LoraConfig
-
-            network.peft_config = {"default": LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"])}
+        add_config(network, 2, 8)
         save_lora(pipe, folder / "lora", names=(component,))
         report = export(ExportOptions(model=str(folder / "lora"), output=str(folder / "out"), base=str(base)))
         assert report.gap.absolute == 0

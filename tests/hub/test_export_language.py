@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_run, train_adapter
+from hub_models import make_run, train_adapter
 from safetensors.torch import load_file, save_file
 
 from mmalign.errors import ExportError
@@ -76,14 +76,15 @@ def test_dtype_is_cast_once_and_declared(llama, tmp_path):
     original = load_file(llama / "model.safetensors")
     for name, tensor in load_file(out.folder / "model.safetensors").items():
         assert torch.equal(tensor, original[name].bfloat16())
-    with pytest.raises(ExportError, match="does not reproduce.*Nothing was written"):
+    with pytest.raises(ExportError, match=r"does not reproduce.*Nothing was written"):
         export(ExportOptions(model=str(llama), output=str(tmp_path / "strict"), dtype="bfloat16", tolerance=1e-6))
     assert not (tmp_path / "strict").exists()
 
 
 @pytest.mark.parametrize("config", [
     {}, {"use_rslora": True}, {"use_dora": True}, {"target_modules": "all-linear"}, {"modules_to_save": ["lm_head"]},
-    {"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]}, {"modules_to_save": ["embed_tokens"]},
+    {"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]},
+    {"modules_to_save": ["embed_tokens"]},
     {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
 ], ids=str)
 def test_merged_equals_the_live_adapter_whatever_it_touches(llama, tmp_path, config):
@@ -157,7 +158,7 @@ def test_an_adapter_is_not_put_on_other_weights(llama, tmp_path):
     train_adapter(base, tmp_path / "adapter")
     weights = load_file(base / "model.safetensors")
     save_file({n: t + 0.01 for n, t in weights.items()}, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ExportError, match="are not those that .* was trained on.*base=<folder>"):
+    with pytest.raises(ExportError, match=r"are not those that .* was trained on.*base=<folder>"):
         export(ExportOptions(model=str(tmp_path / "adapter"), output=str(tmp_path / "out"), kind="merged"))
     report = export(ExportOptions(model=str(tmp_path / "adapter"), output=str(tmp_path / "out"), kind="merged", base=str(base)))
     assert any("are not those" in text for text in report.warnings)
@@ -172,10 +173,11 @@ def test_adapter_that_brought_new_tokens(llama, tmp_path):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
     model = AutoModelForCausalLM.from_pretrained(llama)
     model.resize_token_embeddings(len(tokenizer))
-    peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["embed_tokens"]))
-    peft_model.save_pretrained(tmp_path / "adapter")
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["embed_tokens"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
-    report = export(ExportOptions(model=str(tmp_path / "adapter"), output=str(tmp_path / "out"), kind="merged", base=str(llama)))
+    options = ExportOptions(model=str(tmp_path / "adapter"), output=str(tmp_path / "out"), kind="merged", base=str(llama))
+    report = export(options)
     assert load_model(report.folder).get_input_embeddings().weight.shape[0] == len(tokenizer)
     assert "<tool>" in AutoTokenizer.from_pretrained(report.folder).get_vocab()
 
@@ -225,7 +227,7 @@ def test_a_missing_base_is_named(llama, tmp_path):
     shutil.copytree(llama, base)
     train_adapter(base, tmp_path / "adapter")
     shutil.rmtree(base)
-    with pytest.raises(ExportError, match="does not exist.*give base=<folder or hub id>"):
+    with pytest.raises(ExportError, match=r"does not exist.*give base=<folder or hub id>"):
         export(ExportOptions(model=str(tmp_path / "adapter"), output=str(tmp_path / "out"), kind="merged"))
 
 
@@ -233,8 +235,8 @@ def test_prompt_tuning_has_no_merged_form(llama, tmp_path):
     from peft import PromptTuningConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    model.save_pretrained(tmp_path / "adapter")
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ExportError, match="PROMPT_TUNING adapters have no merged form; export kind=adapter"):
         export(ExportOptions(model=str(tmp_path / "adapter"), output=str(tmp_path / "out"), kind="merged", base=str(llama)))
     assert export(ExportOptions(model=str(tmp_path / "adapter"), output=str(tmp_path / "out"), base=str(llama))).gap.absolute == 0
@@ -243,10 +245,12 @@ def test_prompt_tuning_has_no_merged_form(llama, tmp_path):
 def test_inference_template_renders_the_same():
     from jinja2 import Environment
 
-    template = "{% for m in ms %} {%- generation -%} {{ m }} {% endgeneration -%}\n {% generation %}x{%- endgeneration %} {% endfor %}"
+    template = ("{% for m in ms %} {%- generation -%} {{ m }} {% endgeneration -%}\n {% generation %}x{%- endgeneration %}"
+                " {% endfor %}")
     marked = template.replace("generation", "if true").replace("endif true", "endif")
     environment = Environment(trim_blocks=True, lstrip_blocks=True)
-    assert environment.from_string(inference_template(template)).render(ms=[1, 2]) == environment.from_string(marked).render(ms=[1, 2])
+    texts = [environment.from_string(text).render(ms=[1, 2]) for text in (inference_template(template), marked)]
+    assert texts[0] == texts[1]
 
 
 def test_loading_with_an_adapter_that_does_not_fit(llama, tmp_path):
@@ -254,7 +258,8 @@ def test_loading_with_an_adapter_that_does_not_fit(llama, tmp_path):
     other = tmp_path / "other"
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                                 num_key_value_heads=2)).save_pretrained(other)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+    )).save_pretrained(other)
     with pytest.raises(ExportError, match="does not fit the base"):
         load_with_adapter(other, tmp_path / "adapter")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_text import VOCABULARY, tiny_model, tiny_tokenizer
+from tiny_text import VOCABULARY, tiny_model, tiny_tokenizer, write_gguf
 
 from mmalign.core.logprobs import dense_log_probs
 from mmalign.core.seeding import generator
@@ -361,6 +361,23 @@ def test_save_and_load(tmp_path: Path) -> None:
             torch.testing.assert_close(other.log_probs(ROWS).logp, expected, atol=1e-6, rtol=1e-6)
     assert any(p.requires_grad for p in again.module.parameters())
     assert not any(p.requires_grad for p in alone.module.parameters())
+
+
+def test_gguf_folders_load_and_are_saved_as_plain_models(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    write_gguf(tmp_path / "tiny.gguf", model)
+    policy = CausalLMPolicy.from_pretrained(tmp_path, device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(policy.log_probs(ROWS).logp, policy_of("llama").log_probs(ROWS).logp)
+    assert all(p.requires_grad for p in policy.module.parameters())
+    policy.save_pretrained(tmp_path / "plain")
+    again = CausalLMPolicy.from_pretrained(tmp_path / "plain", device="cpu")
+    assert again.identity() == policy.identity()
+    assert again.encode_prompts(["w1"]) == policy.encode_prompts(["w1"]) == [[2, 3]]
+    write_gguf(tmp_path / "second.gguf", model)
+    with pytest.raises(CheckpointError, match=r"second\.gguf, tiny\.gguf"):
+        CausalLMPolicy.from_pretrained(tmp_path, device="cpu")
+    assert CausalLMPolicy.from_pretrained(tmp_path, gguf_file="second.gguf", device="cpu").identity() == policy.identity()
 
 
 def test_damaged_folders_are_named(tmp_path: Path) -> None:

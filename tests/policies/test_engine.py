@@ -317,7 +317,9 @@ def test_draws_follow_the_distribution() -> None:
 
 
 @pytest.mark.parametrize("size", [60, 1500])
-@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.7}, {"top_p": 0.999}, {"top_k": 50, "top_p": 0.9}, {"top_k": 10**6}])
+@pytest.mark.parametrize("options", [
+    {"top_k": 5}, {"top_p": 0.7}, {"top_p": 0.999}, {"top_k": 50, "top_p": 0.9}, {"top_k": 10**6},
+])
 def test_truncation_equals_transformers(size: int, options: dict[str, Any]) -> None:
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 

@@ -262,7 +262,7 @@ def test_state_restores_moving_references_and_checks_frozen_ones() -> None:
 
     resumed = CausalLMPolicy(tiny_model("llama"), TOKENIZER)
     again: Any = make_reference(resumed, ReferenceOptions(kind="ema", decay=0.5))
-    again.load_state_dict({key: value for key, value in moving.state_dict().items()})
+    again.load_state_dict(moving.state_dict())
     assert torch.equal(logp(again), expected)
     same: Any = make_reference(resumed, ReferenceOptions(kind="frozen_copy"))
     same.load_state_dict(frozen.state_dict())

@@ -12,11 +12,11 @@ _ROOM = 64
 """Positions allocated ahead."""
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A cache layer that writes into spare room; the stock one copies everything it holds at every step."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -25,32 +25,32 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
             return key_states, value_states
+        assert self.keys is not None
+        assert self.values is not None
         start = self.keys.shape[-2]
         stop = start + key_states.shape[-2]
-        if self._buffers is None or self._buffers[0].shape[-2] < stop:
-            self._move(self.keys, self.values, stop + _ROOM)
-        assert self._buffers is not None
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+        buffers = self._buffers
+        if buffers is None or buffers[0].shape[-2] < stop:
+            buffers = self._buffers = (_with_room(self.keys, stop + _ROOM), _with_room(self.values, stop + _ROOM))
+        for buffer, states in zip(buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:stop] = states
-        self.keys, self.values = (buffer[:, :, :stop] for buffer in self._buffers)
-        return self.keys, self.values
-
-    def _move(self, keys: Tensor, values: Tensor, capacity: int) -> None:
-        length = keys.shape[-2]
-        self._buffers = tuple(  # type: ignore[assignment]
-            states.new_empty(*states.shape[:-2], capacity, states.shape[-1]) for states in (keys, values)
-        )
-        assert self._buffers is not None
-        for buffer, states in zip(self._buffers, (keys, values), strict=True):
-            buffer[:, :, :length] = states
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+        keys, values = buffers[0][:, :, :stop], buffers[1][:, :, :stop]
+        self.keys, self.values = keys, values
+        return keys, values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep (or repeat) the rows at ``beam_idx``."""
-        if self.is_initialized:
+        if self.keys is not None and self.values is not None:
             index = beam_idx.to(self.keys.device)
-            length = self.keys.shape[-2]
-            self._move(self.keys.index_select(0, index), self.values.index_select(0, index), length + _ROOM)
+            self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
+            self._buffers = None
+
+
+def _with_room(states: Tensor, capacity: int) -> Tensor:
+    length = states.shape[-2]
+    buffer = states.new_empty(*states.shape[:-2], capacity, states.shape[-1])
+    buffer[:, :, :length] = states
+    return buffer
 
 
 def new_cache(config: Any) -> Any:

@@ -102,9 +102,10 @@ class _Chunk:
         self.model, self.module, self.device = scores.model, unwrap(scores.module), scores.device
         self.learning = prompt_learning(self.module)
         self.names = scores.forward_names
-        self.cache_name = next((name for name in ("cache", "past_key_values") if name in self.names), None)
-        if self.cache_name is None:
+        known = [name for name in ("cache", "past_key_values") if name in self.names]  # the newer name first
+        if not known:
             raise ConfigError(f"{type(self.model).__name__} takes no key-value cache, which the hf rollout engine needs")
+        self.cache_name = known[0]
         self.cache: Any = None
         self.lengths = torch.tensor([len(prompt) for prompt in prompts])
         window = host.window or 10**9
@@ -133,12 +134,12 @@ class _Chunk:
         if self.ragged:
             inputs["attention_mask"] = visible[:, :longest].to(self.device, torch.long)
         if self.learning is None:
-            self.cache = inputs[str(self.cache_name)] = new_cache(self.model.config)
+            self.cache = inputs[self.cache_name] = new_cache(self.model.config)
             if "position_ids" in self.names:
                 inputs["position_ids"] = (torch.arange(longest) - pads[:, None]).clamp(min=0).to(self.device)
         output = self._call(self.module, inputs)
         if self.learning is not None:  # peft builds the cache of a prefix itself
-            self.cache = getattr(output, str(self.cache_name))
+            self.cache = getattr(output, self.cache_name)
         repeats = torch.tensor(self.copies)
         self.visible = visible.repeat_interleave(repeats, 0).to(self.device)
         start = self.lengths + (self.learning.num_virtual_tokens if self.learning else 0)

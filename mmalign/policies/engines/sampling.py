@@ -76,7 +76,7 @@ def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
 
     Sums are float64 from blocks on; an entry of weight 0 is never returned.
     """
-    rows, size = weights.shape
+    size = weights.shape[1]
     if size <= 2 * _BLOCK:
         sums = weights.cumsum(-1, dtype=torch.float64)
         return _first_above(sums, uniforms.to(sums.device) * sums[:, -1])
