@@ -1,6 +1,6 @@
-"""The two rewards of the quickstart's language model: plain functions of (prompts, completions, **columns).
+"""The rewards of the quickstart: plain functions of (prompts, completions, **columns), for text and for images.
 
-``completions`` mirror the prompts: here each is a list with one assistant message. Further columns of the data set
+``completions`` mirror the prompts: a list with one assistant message for chat prompts, a PIL image for captions. Further columns of the data set
 (``answer``) arrive as keyword arguments. Functions written for TRL's GRPOTrainer have the same form and run unchanged.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from typing import Any
+
+import numpy as np
 
 NUMBER = re.compile(r"-?\d+")
 
@@ -28,3 +30,8 @@ def bare_number(prompts: list[Any], completions: list[Any], **columns: Any) -> l
         text = completion[-1]["content"].strip()
         scores.append(1.0 if NUMBER.fullmatch(text.rstrip(".")) else 0.5 * max(0.0, 1 - len(text) / 40))
     return scores
+
+
+def large(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    """Share of a picture that is not background: people who like large shapes. ``completions`` are PIL images."""
+    return [float((np.asarray(image.convert("RGB")).min(axis=2) < 200).mean()) for image in completions]

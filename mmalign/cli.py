@@ -101,7 +101,8 @@ def methods(
     from rich.table import Table
     from rich.text import Text
 
-    from mmalign.config import ConfigError, document
+    from mmalign.config import document
+    from mmalign.errors import ConfigError
     from mmalign.methods.registry import METHODS
 
     console = _console()

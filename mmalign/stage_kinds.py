@@ -261,6 +261,7 @@ def compare(
 ) -> dict[str, float]:
     """Print before, after and the paired difference of every reward; returns the differences."""
     table = Table("reward", "before", "after", "difference", "standard errors", title=context.name, title_justify="left")
+    table.columns[0].overflow = "fold"
     metrics: dict[str, float] = {}
     for name, values in after.items():
         if name not in before:

@@ -11,13 +11,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from mmalign.errors import ConfigError
 from mmalign.report import write_report
-from mmalign.report.charts import Series, duration, line_panel, nice_ticks, number, smooth, stacked_bar
+from mmalign.report.charts import Series, duration, line_panel, nice_ticks, number, plus_minus, smooth, stacked_bar
 from mmalign.report.diagnosis import diagnose
 from mmalign.report.page import phase_seconds
 from mmalign.report.runs import read_run, results
@@ -75,7 +75,7 @@ def test_page_is_self_contained_and_complete(tmp_path: Path, images: bool) -> No
     assert "http" not in re.sub(r"data:[^\"]*", "", text)
     assert "prefers-color-scheme: dark" in text
     shown = " ".join(page.text)
-    for expected in ("before", "after", "0.25", "0.75", "+0.5 ± 0.06", "+8.3", "4 min 00 s", "2.14.1", "0123abc", "f" * 16,
+    for expected in ("before", "after", "0.25", "0.75", "+0.500 ± 0.060", "+8.3", "4 min 00 s", "2.14.1", "0123abc", "f" * 16,
                      "rollout: 1 min 12 s", "reward: answer_match", "gradient norm"):
         assert expected in shown
     assert page.count("img") == (6 if images else 0)
@@ -90,7 +90,8 @@ def test_everything_a_model_or_user_wrote_is_escaped(tmp_path: Path) -> None:
     stage = write_stage(run, name=bad, kind=bad, config={"note": bad}, versions={bad: bad}, git=bad, seed=bad, started=bad,
                         metrics={f"eval/{bad}": 0.5, f"difference/{bad}": 0.1, f"before/{bad}": 0.4, bad: 1.0})
     write_metrics(stage, [{"step": i, bad: i, f"rewards/{bad}/mean": i, f"seconds/{bad}": 1.0, "seconds": 2.0} for i in range(5)])
-    write_samples(stage, [{"prompt": [{"role": bad, "content": bad}], "completion": bad, "answer": bad, "rewards": {bad: 1.0}}])
+    write_samples(stage, [{"prompt": [{"role": bad, "content": bad}], "completion": bad, "answer": bad, "rewards": {bad: 1.0}},
+                          {"prompt": bad * 100, "completion": bad * 100, "rewards": {}}])
     (run / "config.yaml").write_text(f"# {bad}\nseed: 0\n")
     text, page = page_of(run)
     assert page.count("script") == 0
@@ -188,6 +189,14 @@ def test_results_of_runs(tmp_path: Path) -> None:
     assert compared.ratio == pytest.approx(0.5 / 0.06)
 
 
+@pytest.mark.parametrize(("difference", "kind"), [(0.5, "better"), (0.13, "better"), (-0.5, "worse"), (0.11, "same"), (0.0, "same")])
+def test_a_difference_is_coloured_from_two_standard_errors_on(tmp_path: Path, difference: float, kind: str) -> None:
+    run = write_stage(tmp_path / "run", metrics={"eval/r": 1.0, "before/r": 0.5, "after/r": 1.0, "difference/r": difference,
+                                                 "difference/r/error": 0.06})
+    text, _ = page_of(run)
+    assert f'<span class="{kind}">' in text
+
+
 def test_phases_add_up_to_the_whole() -> None:
     split = phase_seconds([{"seconds": 10.0, "seconds/rollout": 6.0, "seconds/update": 1.0},
                            {"seconds": 10.0, "seconds/rollout": 4.0, "seconds/update": 2.0}])
@@ -210,6 +219,12 @@ def records(**columns: float) -> list[dict[str, float]]:
     return [{"step": i, **columns} for i in range(20)]
 
 
+def test_a_loss_near_zero_is_explained_not_warned_of() -> None:
+    remark, = diagnose(records(**{"loss/policy": 1e-9, "rollout_gap/max": 1e-6, "grad_norm": 0.3}))
+    assert not remark.serious
+    assert diagnose(records(grad_norm=0.0))[0].serious
+
+
 @pytest.mark.parametrize(("found", "expected"), [
     (records(grad_norm=0.0), "gradient norm is 0"),
     (records(**{"loss/sigmoid": math.log(2), "grad_norm": 0.1}), "log 2"),
@@ -223,7 +238,7 @@ def records(**columns: float) -> list[dict[str, float]]:
      "chosen samples fell while the margin grew"),
 ])
 def test_diagnosis_names_what_is_wrong(found: list[dict[str, float]], expected: str) -> None:
-    assert any(expected in text for text in diagnose(found))
+    assert any(expected in remark.text for remark in diagnose(found))
 
 
 def test_diagnosis_is_silent_on_a_healthy_run() -> None:
@@ -266,6 +281,8 @@ def test_ticks_are_round_and_inside(low: float, width: float, count: int) -> Non
 
 
 @settings(max_examples=60, deadline=None)
+@example([1.0, 2.2250738585072014e-308], False)
+@example([0.0, 0.0], True)
 @given(st.lists(st.one_of(finite, st.just(math.nan), st.floats(1e-9, 1e9)), min_size=1, max_size=60), st.booleans())
 def test_any_series_gives_well_formed_svg_inside_the_panel(values: list[float], band: bool) -> None:
     x = [float(i) for i in range(len(values))]
@@ -307,6 +324,14 @@ def test_bar_widths_are_shares() -> None:
 ])
 def test_numbers_read_well(value: float, text: str) -> None:
     assert number(value) == text
+
+
+@pytest.mark.parametrize(("value", "error", "text"), [
+    (-0.002068, 0.002717, "−0.0021 ± 0.0027"), (12.34, 3.21, "+12.3 ± 3.2"), (250.0, 30.0, "+250 ± 30"), (0.5, 0.0, "+0.5 ± 0"),
+    (math.nan, 0.1, "– ± 0.1"),
+])
+def test_differences_show_two_digits_of_their_error(value: float, error: float, text: str) -> None:
+    assert plus_minus(value, error) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.25, "0.25 s"), (12.34, "12.3 s"), (61.0, "1 min 01 s"), (7500.0, "2 h 05 min")])

@@ -159,6 +159,9 @@ def _header(path: Path) -> dict[str, Any]:
             if length > 100_000_000:
                 raise ValueError(f"header of {length} bytes")
             header: dict[str, Any] = json.loads(file.read(length))
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        if path.stat().st_size < 8 + length + end:
+            raise ValueError("it is cut short")
     except (OSError, ValueError, struct.error) as error:
         raise ExportError(f"{path} is not a whole safetensors file ({error})") from None
     return header

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from mmalign.config import Component, bind
 from mmalign.core.policy_gradient import POLICY_LOSSES
-from mmalign.errors import ConfigError
+from mmalign.errors import ConfigError, DataError
 from mmalign.methods.training import BuildContext, TrainingParts, advantage_function
 from mmalign.policies.base import Policy
 from mmalign.policies.reference import ReferenceOptions, make_reference
@@ -61,9 +61,8 @@ def policy_gradient_parts(
         raise ConfigError(f"batch.completions_per_prompt: advantage {options.advantage.name!r} compares the samples of a prompt "
                           "and needs at least 2; use more, or advantage: prompt_statistics")
     examples = context.rows(options.data)
-    missing = [column for column in ("prompt",) if column not in examples[0]]
-    if missing:
-        raise ConfigError(f"data: column {missing[0]!r} is missing; columns are {', '.join(examples[0])}")
+    if "prompt" not in examples[0]:
+        raise DataError(f"data: column 'prompt' is missing; columns are {', '.join(examples[0])}. Map yours with data.columns")
     policy.check_prompts([example["prompt"] for example in examples])
     reference = make_reference(policy, options.reference) if options.kl.coef else None
     rewards = context.rewards(options.rewards, on_error=options.on_reward_error)

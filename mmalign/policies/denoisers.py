@@ -119,7 +119,7 @@ class Denoiser:
         forward of ``2B`` rows, null first (classifier-free guidance, Ho and Salimans 2022, arXiv 2207.12598). With
         ``guidance_gradient = "cond_only"`` the null half carries no gradient (Liu et al. 2025, arXiv 2505.05470).
         """
-        scale = None if guidance_scale is None else torch.as_tensor(guidance_scale, dtype=torch.float32, device=x.device)
+        scale = None if guidance_scale is None else torch.as_tensor(guidance_scale, dtype=torch.float32)
         x = x.to(self.dtype)
         moved = {name: value.to(self.device, self.dtype) for name, value in cond.items()}
         if scale is None or bool((scale == 1).all()):
@@ -130,7 +130,7 @@ class Denoiser:
         unconditional, conditional = output.chunk(2)
         if self.guidance_gradient == "cond_only":
             unconditional = unconditional.detach()
-        return guided_prediction(unconditional, conditional, scale)
+        return guided_prediction(unconditional, conditional, scale.to(x.device))
 
     def drop(self, cond: Mapping[str, Tensor], dropped: Tensor) -> Condition:
         """``cond`` with the rows where ``dropped[B]`` is True replaced by the null condition."""

@@ -21,7 +21,6 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +34,8 @@ from mmalign.errors import ConfigError, DataError, ExportError
 from mmalign.policies import diffusion_export, diffusion_rollout
 from mmalign.policies.base import DiffusionSampling, Draw, PreparationReport, Rollout
 from mmalign.policies.denoisers import Condition, GuidanceGradient, build_denoiser
+from mmalign.policies.diffusion_records import Denoising, Transition, stacked
+from mmalign.policies.diffusion_records import DiffusionDraw as DiffusionDraw
 from mmalign.policies.diffusion_steps import STEP_COLUMNS, build_schedule
 from mmalign.policies.image_examples import fit_image, image_key, plain_image, prepare_images, read_image
 from mmalign.policies.latent_codec import LatentCodec
@@ -53,46 +54,6 @@ from mmalign.policies.tensor_cache import TensorCache
 logger = logging.getLogger(__name__)
 
 PAIR = ("chosen", "rejected")
-
-
-@dataclass(frozen=True)
-class DiffusionDraw(Draw):
-    """Timestep (an index into the training schedule), noise, and whether the caption is dropped, per row."""
-
-    drop_caption: Tensor
-    """``[B]`` bool: score this row without its caption, which keeps the unconditional half of guidance trained."""
-
-    def take(self, indices: Tensor | Sequence[int]) -> DiffusionDraw:
-        """The draws of the rows at ``indices``."""
-        index = torch.as_tensor(indices, dtype=torch.long, device=self.timesteps.device)
-        return DiffusionDraw(self.timesteps[index], self.noise[index], self.drop_caption[index])
-
-    def repeat(self, blocks: int) -> DiffusionDraw:
-        """The same draws for ``blocks`` stacked blocks of rows: both captions of a pair are dropped, or neither."""
-        both = super().repeat(blocks)
-        return DiffusionDraw(both.timesteps, both.noise, self.drop_caption.repeat(blocks))
-
-
-@dataclass(frozen=True)
-class Denoising:
-    """One noisy forward of data rows: what the network said and what it should have said, ``[B, ...]`` float32."""
-
-    pred: Tensor
-    target: Tensor
-    noisy: Tensor
-    timesteps: Tensor
-
-
-@dataclass(frozen=True)
-class Transition:
-    """The Gaussian of one sampler step under the current network, and the latents that were drawn, float32."""
-
-    mean: Tensor
-    """``[N, ...]``, with a graph."""
-    std: Tensor
-    """``[N]``."""
-    next_latents: Tensor
-    """``[N, ...]``."""
 
 
 class DiffusionPolicy:
@@ -254,11 +215,11 @@ class DiffusionPolicy:
 
     def _row_condition(self, rows: Rows, shape: torch.Size) -> Condition:
         if all(name in rows for name in self.denoiser.condition_names):
-            cond = {name: _stacked(rows[name]).to(self.device) for name in self.denoiser.condition_names}
+            cond = {name: stacked(rows[name]).to(self.device) for name in self.denoiser.condition_names}
         else:
             cond = self.conditions(rows["prompt"])
         if all(name in rows for name in self.denoiser.geometry_names):
-            return cond | {name: _stacked(rows[name]).to(self.device) for name in self.denoiser.geometry_names}
+            return cond | {name: stacked(rows[name]).to(self.device) for name in self.denoiser.geometry_names}
         return cond | {name: value.to(self.device) for name, value in self.size_condition(len(rows), shape).items()}
 
     # -- data ------------------------------------------------------------------------------------------------------
@@ -388,7 +349,7 @@ class DiffusionPolicy:
         if draw is None:
             raise ValueError("scoring data rows needs a draw (timesteps and noise); make one with draw(rows, generator) and "
                              "share it between policy, reference and both samples of a pair")
-        latents, noise = _stacked(rows["latents"]).to(self.device).float(), draw.noise.to(self.device).float()
+        latents, noise = stacked(rows["latents"]).to(self.device).float(), draw.noise.to(self.device).float()
         if noise.shape != latents.shape:
             raise ValueError(f"the draw has noise of shape {list(noise.shape)}, the rows latents of {list(latents.shape)}")
         timesteps = draw.timesteps.to(self.device)
@@ -414,12 +375,12 @@ class DiffusionPolicy:
 
     def transition(self, rows: Rows) -> Transition:
         """The step of every transition row under the current network, with the guidance it was sampled with."""
-        x = _stacked(rows["latents"]).to(self.device)
+        x = stacked(rows["latents"]).to(self.device)
         numbers = {name: rows[name].to(self.device) for name in STEP_COLUMNS}
         pred = self.denoiser.predict(
             x, numbers["step_time"], self._row_condition(rows, x.shape), guidance_scale=rows["guidance_scale"])
         mean, std = self.schedule.transition(x.float(), pred, numbers)
-        return Transition(mean, std, _stacked(rows["next_latents"]).to(self.device).float())
+        return Transition(mean, std, stacked(rows["next_latents"]).to(self.device).float())
 
     def _score_transitions(self, rows: Rows, entropy: bool) -> ActionScores:
         dims = set(rows["dims"]) or {"mean"}
@@ -515,7 +476,3 @@ class DiffusionPolicy:
                 self.pipe, folder, names=(self.denoiser.network_name, *self.denoiser.encoder_names))
         else:
             diffusion_export.save_pipeline(self.pipe, folder)
-
-
-def _stacked(column: Tensor | Sequence[Tensor]) -> Tensor:
-    return column if isinstance(column, Tensor) else torch.stack(list(column))

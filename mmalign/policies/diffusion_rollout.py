@@ -49,7 +49,10 @@ def sample_rollout(
     policy: DiffusionPolicy, prompts: Sequence[Any], n: int, sampling: DiffusionSampling, generator: torch.Generator,
 ) -> Rollout:
     """See :meth:`mmalign.policies.diffusion.DiffusionPolicy.sample`."""
-    texts = _check_prompts(prompts, n)
+    if n < 1 or not prompts:
+        raise ConfigError(f"sampling needs at least one prompt and one sample of each, not {len(prompts)} and {n}")
+    policy.check_prompts(prompts)
+    texts = list(prompts)
     shape = policy.latent_shape(sampling.height, sampling.width)
     steps = policy.schedule.steps(sampling, shape, policy.codec.patch)
     stochastic = policy.schedule.std(steps.columns(1))[0] > 0
@@ -76,15 +79,6 @@ def sample_rollout(
     return Rollout(repeated, images, group, Rows(rows), mask, logp, dims=sampling.dims)
 
 
-def _check_prompts(prompts: Sequence[Any], n: int) -> list[str]:
-    if n < 1 or not prompts:
-        raise ConfigError(f"sampling needs at least one prompt and one sample of each, not {len(prompts)} and {n}")
-    for row, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise DataError(f"prompt {row} is a {type(prompt).__name__}; a diffusion policy takes text")
-    return list(prompts)
-
-
 def _sample_chunk(
     policy: DiffusionPolicy, prompts: list[str], chunk: range, noise: RowNoise, shape: tuple[int, ...], steps: Steps,
     stochastic: Tensor, sampling: DiffusionSampling,
@@ -93,7 +87,7 @@ def _sample_chunk(
     device, dtype = policy.device, policy.denoiser.dtype
     cond = policy.conditions([prompts[row] for row in chunk]) | policy.size_condition(len(chunk), shape)
     x = noise.start(chunk, shape).to(device, dtype)
-    path, logp = [x], torch.zeros(len(chunk), len(steps))
+    path, logp = [x], torch.zeros(len(chunk), len(steps), device=device)
     scored = bool(stochastic.any())
     for step in range(len(steps)):
         numbers = {name: value.to(device) for name, value in steps.numbers(step).items()}
@@ -103,13 +97,13 @@ def _sample_chunk(
         if stochastic[step]:
             action = mean + std.view(-1, *[1] * len(shape)) * noise.step(chunk, shape).to(device)
             x = action.to(dtype)  # the stored action is the scored one: cast first
-            logp[:, step] = gaussian_log_prob(x.float(), mean, std, dims=sampling.dims).cpu()
+            logp[:, step] = gaussian_log_prob(x.float(), mean, std, dims=sampling.dims)
         else:
             x = mean.to(dtype)
         if not scored:
             path.clear()
         path.append(x)
-    return torch.stack(path, 1).cpu(), logp
+    return torch.stack(path, 1).cpu(), logp.cpu()
 
 
 def unfold_rollout(rollout: Rollout, *, fraction: float, generator: torch.Generator) -> Rows:

@@ -18,6 +18,7 @@ _DENSE = 400
 """Points beyond which a raw line is drawn as the smallest and largest value of every bucket."""
 _DECADES = 3.0
 """Positive values that span more decades than this are drawn on a logarithmic axis."""
+_TINY = 1e-200
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,14 @@ def signed(value: float) -> str:
     return f"+{number(value)}" if value > 0 else number(value)
 
 
+def plus_minus(value: float, error: float) -> str:
+    """``+0.0021 ± 0.0027``: both with as many decimals as give the error two significant digits."""
+    if not error > 0 or not math.isfinite(value):
+        return f"{signed(value)} ± {number(error)}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:+.{decimals}f} ± {error:.{decimals}f}".replace("-", "−")
+
+
 @dataclass(frozen=True)
 class _Axis:
     low: float
@@ -111,6 +120,8 @@ def _axis(values: Sequence[float], first: float, last: float, *, margin: float, 
     numbers = [math.log10(v) for v in values] if log else list(values)
     low, high = min(numbers), max(numbers)
     if high - low < 1e-12 * max(1.0, abs(high)):
+        if high == 0 and not log:
+            return _Axis(0.0, 1.0, first, last)
         pad = abs(high) * 0.1 or 1.0
         return _Axis(low - pad, high + pad, first, last, log)
     pad = margin * (high - low)
@@ -131,7 +142,8 @@ def line_panel(title: str, series: Sequence[Series], *, x_label: str = "update",
     lines = [smooth(s.y, span) for s, span in zip(series, spans, strict=True)]
     bands = [_band(s, line, span) for s, line, span in zip(series, lines, spans, strict=True)]
     heights = [y for s in series for y in s.y if math.isfinite(y)]
-    log = min(heights) > 0 and math.log10(max(heights) / min(heights)) > _DECADES
+    # Below _TINY the powers of ten of the ticks would leave the range of floats.
+    log = min(heights) > _TINY and math.log10(max(heights)) - math.log10(min(heights)) > _DECADES
     heights += [] if log else [y for band in bands for y in band if math.isfinite(y)]
     xs = [x for s in series for x in s.x]
     horizontal = _axis(xs, _LEFT, width - _RIGHT, margin=0.0)

@@ -34,12 +34,21 @@ class Curves:
         return sum(head) / len(head) if head else math.nan
 
 
-def diagnose(records: Sequence[Record]) -> list[str]:
-    """Sentences for people, most serious first; [] when nothing stands out (or fewer than four updates are logged)."""
+@dataclass(frozen=True)
+class Remark:
+    """A sentence about a run."""
+
+    text: str
+    serious: bool
+    """Whether something is wrong, rather than unusual to look at."""
+
+
+def diagnose(records: Sequence[Record]) -> list[Remark]:
+    """Remarks for people, serious ones first; [] when nothing stands out (or fewer than four updates are logged)."""
     if len(records) < 4:
         return []
     curves = Curves(records)
-    return [text for rule in RULES if (text := rule(curves))]
+    return [Remark(text, rule in FAULTS) for rule in (*FAULTS, *EXPLANATIONS) if (text := rule(curves))]
 
 
 def _no_gradient(c: Curves) -> str:
@@ -122,8 +131,10 @@ def _chosen_falls(c: Curves) -> str:
     return ""
 
 
-RULES: tuple[Callable[[Curves], str], ...] = (
+Rule = Callable[[Curves], str]
+"""Reads the curves and returns a sentence, or "" when it has nothing to say."""
+
+FAULTS: tuple[Rule, ...] = (
     _no_gradient, _stuck_at_log_two, _replay_gap, _flat_groups, _cut_off, _not_applicable, _clipped_gradients,
-    _zero_policy_loss, _chosen_falls,
 )
-"""Each reads the curves and returns a sentence, or "" when it has nothing to say."""
+EXPLANATIONS: tuple[Rule, ...] = (_zero_policy_loss, _chosen_falls)

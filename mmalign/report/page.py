@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.config import dump_yaml
-from mmalign.report.charts import Series, duration, line_panel, number, signed, stacked_bar
+from mmalign.report.charts import Series, duration, line_panel, number, plus_minus, signed, stacked_bar
 from mmalign.report.diagnosis import diagnose
 from mmalign.report.runs import Result, Run, StageRecord, read_run, results
 from mmalign.report.samples import samples_section
@@ -78,7 +78,7 @@ def _results_section(run: Run) -> str:
 def _comparison_row(result: Result) -> tuple[str, ...]:
     kind = "better" if result.ratio >= 2 else "worse" if result.ratio <= -2 else "same"
     return (escape(result.stage), escape(result.reward), number(result.before), f"<b>{number(result.after)}</b>",
-            f'<span class="{kind}">{signed(result.difference)} ± {number(result.error)}</span>',
+            f'<span class="{kind}">{plus_minus(result.difference, result.error)}</span>',
             f'<span class="{kind}">{signed(round(result.ratio, 1))}</span>')
 
 
@@ -110,7 +110,8 @@ def _stage_section(run: Run, stage: StageRecord, position: int) -> str:
     facts += [] if stage.finished else ["not finished"]
     small = escape(", ".join(fact for fact in facts if fact))
     parts = [f'<section id="stage-{position}"><h2>{escape(stage.name)} <small>{small}</small></h2>']
-    parts += [f'<p class="warning">{escape(text)}</p>' for text in diagnose(stage.records)]
+    parts += [f'<p class="{"warning" if remark.serious else "remark"}">{escape(remark.text)}</p>'
+              for remark in diagnose(stage.records)]
     parts.append(curves(stage.records))
     split = phase_seconds(stage.records)
     if split:
@@ -138,7 +139,8 @@ def curves(records: Sequence[dict[str, Any]]) -> str:
         return ""
     steps = [float(record.get("step", position + 1)) for position, record in enumerate(records)]
     columns = {name: [_float(record.get(name)) for record in records] for name in _curve_names(records)}
-    panels, used = [], set(_NOT_CURVES)
+    terms = [name for name in columns if name.startswith("loss/")]
+    panels, used = [], {*_NOT_CURVES, *(terms if len(terms) == 1 and "loss" in columns else ())}  # one term is the loss
     specified = [panel for item in PANELS for panel in (_reward_panels(columns) if item[0] == "reward: *" else [item])]
     for title, names in [*specified, *_loss_panels(columns)]:
         present = [name for name in names if name in columns and name not in used]
@@ -175,7 +177,7 @@ def _reward_panels(columns: dict[str, list[float]]) -> list[tuple[str, tuple[str
 
 def _loss_panels(columns: dict[str, list[float]]) -> list[tuple[str, tuple[str, ...]]]:
     terms = tuple(name for name in columns if name.startswith("loss/"))
-    return [("loss terms", terms)] if len(terms) > 1 else []
+    return [("loss terms", terms)]
 
 
 def _spread_of(name: str, known: dict[str, str]) -> str | None:

@@ -73,7 +73,7 @@ class Run:
         wanted = Path(path)
         names = [wanted.parent.name, wanted.name] if wanted.name == "samples" else [wanted.name]
         for stage in self.stages:
-            if wanted.exists() and stage.folder.resolve() in (wanted.resolve(), wanted.resolve().parent):
+            if stage.folder.resolve() in (wanted.resolve(), wanted.resolve().parent):
                 return stage
         return next((stage for stage in self.stages if stage.folder.name in names), None)
 

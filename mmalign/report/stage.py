@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mmalign.config import Options
 from mmalign.errors import ConfigError
-from mmalign.report.charts import number, signed
+from mmalign.report.charts import number, plus_minus, signed
 from mmalign.report.page import write_report
 from mmalign.report.runs import read_run, results
 from mmalign.stages import StageContext, StageResult, is_main_process, stage
@@ -20,10 +20,12 @@ def results_table(run_dir: Path) -> Table | None:
     compared = [result for result in results(read_run(run_dir)) if result.compared]
     if not compared:
         return None
-    table = Table("evaluation", "reward", "before", "after", "difference", "standard errors", show_edge=False)
+    table = Table("evaluation", "reward", "before", "after", "difference", "in s.e.", show_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"
     for result in compared:
         table.add_row(result.stage, result.reward, number(result.before), number(result.after),
-                      f"{signed(result.difference)} ± {number(result.error)}", signed(round(result.ratio, 1)))
+                      plus_minus(result.difference, result.error), signed(round(result.ratio, 1)))
     return table
 
 

@@ -18,6 +18,7 @@ h2 small { font-size: 14px; font-weight: normal; color: var(--soft); }
 h3 { font-size: 15px; margin: 24px 0 8px; }
 .note { color: var(--soft); font-size: 13.5px; margin: 6px 0; max-width: 75ch; }
 .warning { color: var(--warn); background: var(--warn-paper); border-radius: 6px; padding: 8px 12px; max-width: 90ch; }
+.remark { color: var(--soft); background: var(--card); border-radius: 6px; padding: 8px 12px; max-width: 90ch; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--soft); font-size: 13px; }

@@ -59,7 +59,8 @@ def check_reward(
 
     ``reward`` is a name, options, or a callable. ``samples`` are data rows; their ``completion``, ``answer`` or
     ``gold`` stands in for what a policy would produce. Without samples, three arithmetic questions are tried as text and
-    as messages (one completion is empty, as happens early in training), then three pictures of the shapes asset.
+    as messages (one completion is empty, as happens early in training), then three pictures of the shapes asset, the
+    last of which does not fit its caption.
     Never raises for a failing reward; ConfigError for one that cannot be found.
     """
     rewards = RewardSet([reward], config_folder=config_folder)
@@ -142,7 +143,10 @@ def _stand_ins() -> dict[str, Trial]:
     trials: dict[str, Trial] = {
         "text": (list(_PROMPTS), list(_COMPLETIONS), columns), "messages": (list(messages), list(replies), columns),
     }
+    from mmalign.data.shapes import render, sample_scene
+
     generator = torch.Generator().manual_seed(0)
-    pictures = [torch.rand(3, 32, 32, generator=generator) for _ in _CAPTIONS]
+    shown = (*_CAPTIONS[:2], _CAPTIONS[0])  # the third picture is not what its caption says
+    pictures = [render(sample_scene(generator, caption), 32) for caption in shown]
     trials["images"] = (list(_CAPTIONS), list(pictures), {})
     return trials

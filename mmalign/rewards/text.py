@@ -104,7 +104,9 @@ def exact_match(
     ]
 
 
-_NORMALIZERS: dict[str, Callable[[str], str]] = {"none": str, "strip": str.strip, "casefold": lambda text: text.strip().casefold()}
+_NORMALIZERS: dict[str, Callable[[str], str]] = {
+    "none": str, "strip": str.strip, "casefold": lambda text: text.strip().casefold(),
+}
 
 
 def nonempty(truth: Any) -> str:

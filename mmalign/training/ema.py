@@ -9,6 +9,7 @@ from torch import nn
 
 from mmalign.config import Options
 from mmalign.training.objective import TrainState
+from mmalign.weights.arithmetic import ema_update
 
 
 class EmaOptions(Options):
@@ -37,9 +38,8 @@ class ExponentialAverage:
         """Average in the current weights when due."""
         if state.step % self.options.every:
             return
-        for name, parameter in self.module.named_parameters():
-            if name in self.shadow:
-                self.shadow[name].lerp_(parameter.detach().float(), 1 - self.options.decay)
+        current = {name: p.detach().float() for name, p in self.module.named_parameters() if name in self.shadow}
+        ema_update(self.shadow, current, decay=self.options.decay)
 
     @torch.no_grad()
     def copy_to_module(self) -> None:

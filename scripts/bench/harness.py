@@ -12,6 +12,7 @@ that neither side meets caches, allocators or imports of the other, and drift of
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -31,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 OURS = "mmalign"
-ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")}
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
 ENVIRONMENT = {**ONE_THREAD, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
                "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -65,6 +66,8 @@ class Case:
     """Smallest acceptable (time ratio, memory ratio) by peer."""
     tolerance: float = 1e-5
     """Largest relative difference of the compared values."""
+    scales: Mapping[str, float] = field(default_factory=dict)
+    """Size of the summands of a value whose summands cancel: differences are relative to no less than it."""
 
 
 Side = Callable[[Case, int], Measurement]
@@ -146,20 +149,16 @@ class Meter:
 
 def reset_peak() -> None:
     """Start a new peak of the resident size (Linux; elsewhere the peak of the whole process counts)."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak_resident() -> int:
     """Largest resident size since :func:`reset_peak`, in bytes."""
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
@@ -199,7 +198,7 @@ def compare(bench: Bench, case: Case, script: Path, *, rounds: int, steps: int, 
         if peer == OURS:
             continue
         seconds, size = summary(found[peer])
-        worst = difference(checked.get(peer, {}), checked.get(OURS, {}))
+        worst = difference(checked.get(peer, {}), checked.get(OURS, {}), case.scales)
         rows.append(Row(
             bench.name, case.name, peer, seconds, our_seconds, size, our_bytes, worst,
             not worst > case.tolerance, case.targets.get(peer), ours[0].flop / our_seconds[0] / 1e9, case.bound,
@@ -213,14 +212,16 @@ def summary(runs: Sequence[Measurement]) -> tuple[tuple[float, float], int]:
     return (statistics.median(seconds), min(seconds)), int(statistics.median(run.peak_bytes for run in runs))
 
 
-def difference(left: Mapping[str, Sequence[float]], right: Mapping[str, Sequence[float]]) -> float:
+def difference(
+    left: Mapping[str, Sequence[float]], right: Mapping[str, Sequence[float]], scales: Mapping[str, float],
+) -> float:
     """Largest relative difference of the values both sides report; NaN when they share none."""
     worst = float("nan")
     for name in left.keys() & right.keys():
         if len(left[name]) != len(right[name]):
             raise RuntimeError(f"{name!r}: {len(left[name])} values against {len(right[name])}")
         for a, b in zip(left[name], right[name], strict=True):
-            gap = abs(a - b) / max(abs(a), abs(b), 1e-12)
+            gap = abs(a - b) / max(abs(a), abs(b), scales.get(name, 1e-12))
             worst = gap if worst != worst else max(worst, gap)
     return worst
 

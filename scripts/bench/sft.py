@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import library
 import trl_side
 import workload
 from dpo import padded
 from harness import OURS, Bench, Case, Measurement, Meter, main
-
-import library
 
 RATE = 1e-5
 ROWS = 64

@@ -10,10 +10,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from harness import ENVIRONMENT, REPOSITORY
 from rich.console import Console
 from rich.table import Table
-
-from harness import ENVIRONMENT, REPOSITORY
 
 COMMANDS: dict[str, tuple[list[str], float | None]] = {
     "python -m mmalign --help": (["-m", "mmalign", "--help"], 1.5),

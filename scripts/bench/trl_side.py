@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
-
 from harness import Measurement, Meter
+from transformers import TrainerCallback
 
 
 class StepMarks(TrainerCallback):  # type: ignore[misc]

@@ -50,7 +50,7 @@ def spread(model: Any, factor: float = 3.0) -> Any:
     import torch
 
     with torch.no_grad():
-        for name, parameter in model.model.layers.named_parameters():
+        for parameter in model.model.layers.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(factor)
     return model

@@ -82,7 +82,7 @@ def rows(folder: Path, examples: list[dict[str, Any]]) -> str:
     (dpo, [{"prompt": "a", "chosen": "b"}], ["rejected", "chosen"]),
     (sft, [{"question_text": "a", "reply": "b"}], ["question_text"]),
     (sft, [], ["data.path"]),
-    (sft, [{"prompt": "a", "completion": ""}] * 4, ["trainable"]),
+    (sft, [{"prompt": "word " * 5000, "completion": "cut off"}] * 4, ["prompt", "max_length"]),
     (dpo, [{"prompt": "a", "chosen": "same", "rejected": "same"}] * 4, ["identical"]),
     (grpo, [{"completion": "no prompt here"}] * 4, ["prompt"]),
     (grpo, [{"prompt": "long " * 4000, "answer": "1"}] * 4, ["window"]),

@@ -68,6 +68,8 @@ def test_weight_files(model):
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"gone": "model.safetensors"}}))
     assert "does not match the shards, for example in gone" in problems(model, "weights")[0]
     (model / "model.safetensors.index.json").unlink()
+    save_file(weights, model / "model.safetensors")
+    assert problems(model, "weights", "ok")
     (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-100])
     assert "cut short" in problems(model, "weights")[0]
     (model / "model.safetensors").write_bytes(b"\x00" * 4)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from trl_peers import (
-    PAIRS, arguments, as_messages, assert_close, assert_same_gradients, dataset, encoded, load_model, load_policy, our_loss,
+    PAIRS,
+    arguments,
+    as_messages,
+    assert_close,
+    assert_same_gradients,
+    dataset,
+    encoded,
+    load_model,
+    load_policy,
+    our_loss,
     tokenizer,
 )
 
@@ -70,7 +79,7 @@ def our_objective(folder, losses, rows, *, layout="auto"):
 def test_every_loss_type_of_trl(trainer, model_folder, rows, name):
     options = OPTIONS.get(name, {})
     theirs = their_loss(trainer, [name], **options)
-    policy, objective, ours = our_objective(model_folder, [LossTerm(TRL_LOSS_TYPES[name], {"beta": BETA, **options})], rows)
+    _, objective, ours = our_objective(model_folder, [LossTerm(TRL_LOSS_TYPES[name], {"beta": BETA, **options})], rows)
     value = our_loss(objective, ours)
     assert_close(value, theirs)
     assert float(value.detach()) != pytest.approx(float(PREFERENCE_LOSSES.get(TRL_LOSS_TYPES[name]).function(
@@ -194,8 +203,8 @@ def rows_of(batch):
     columns = {}
     for field in FIELDS:
         sizes = batch[f"{field}_attention_mask"].sum(1).tolist()
-        for ours, theirs in (("input_ids", "input_ids"), ("labels", "labels")):
-            columns[f"{field}_{ours}"] = [row[:size].tolist() for row, size in zip(batch[f"{field}_{theirs}"], sizes, strict=True)]
+        for name in (f"{field}_input_ids", f"{field}_labels"):
+            columns[name] = [row[:size].tolist() for row, size in zip(batch[name], sizes, strict=True)]
     return Rows(columns)
 
 
@@ -225,7 +234,8 @@ def test_unpaired_losses(model_folder, tmp_path, name):
         # The offset: mean log-ratio of prompts with the completion of the row before, clamped at 0 by the loss.
         mismatched = [{"prompt": row["prompt"], "completion": rows[i - 1]["completion"]} for i, row in enumerate(rows)]
         kl = logratio(encoded(policy, mismatched)).mean()
-        values = POINTWISE_LOSSES.get(name)(logratio(plain), label, kl=kl, beta=BETA, desirable_weight=1.3, undesirable_weight=0.9)
+        values = POINTWISE_LOSSES.get(name)(
+            logratio(plain), label, kl=kl, beta=BETA, desirable_weight=1.3, undesirable_weight=0.9)
     else:
         values = POINTWISE_LOSSES.get(name)(logratio(plain), label, beta=BETA)
         values = values * torch.where(label, 1.3, 0.9)

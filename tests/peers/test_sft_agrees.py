@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from trl_peers import (
-    COMPLETIONS, arguments, as_messages, assert_close, assert_same_gradients, dataset, encoded, load_model, load_policy, our_loss,
+    COMPLETIONS,
+    arguments,
+    as_messages,
+    assert_close,
+    assert_same_gradients,
+    dataset,
+    encoded,
+    load_model,
+    load_policy,
+    our_loss,
     tokenizer,
 )
 
@@ -13,6 +22,9 @@ from mmalign.training.objective import LossTerm, Supervised
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.peer
+
+END = 2
+"""Id of the end-of-turn token."""
 
 
 @pytest.fixture(params=["plain", "conversation"])
@@ -47,7 +59,7 @@ def test_tokens_and_labels_are_the_same(trainer, model_folder, rows):
 
 
 def after_the_end(labels: list[int], position: int) -> bool:
-    ends = [i for i, label in enumerate(labels) if label == 2]
+    ends = [i for i, label in enumerate(labels) if label == END]
     return bool(ends) and position > ends[-1]
 
 

@@ -133,7 +133,8 @@ def test_pairs_without_a_difference_are_dropped(policy: DiffusionPolicy) -> None
 
 def test_rows_without_captions_of_their_own_get_the_prompt(policy: DiffusionPolicy) -> None:
     pair = {"prompt": TEXT, "chosen": noise_image(0), "rejected": noise_image(1)}
-    rows = [{**pair, "chosen_caption": None, "rejected_caption": None}, {**pair, "chosen_caption": "a star", "rejected_caption": None}]
+    none = {**pair, "chosen_caption": None, "rejected_caption": None}
+    rows = [none, {**none, "chosen_caption": "a star"}]
     prepared, _ = policy.prepare_dataset(rows, fields=("chosen", "rejected"))
     encoded = policy.encode_rows(list(prepared))
     plain = policy.conditions([TEXT])["prompt_embeds"][0]

@@ -292,8 +292,9 @@ def test_inverse_cdf_finds_the_first_entry_above(size: int, seed: int, uniform: 
     weights = torch.rand(3, size, generator=source).square()
     weights[torch.rand(3, size, generator=source) < zeros] = 0.0
     weights[:, int(torch.randint(size, (), generator=source))] = 0.5
-    chosen = inverse_cdf(weights, torch.full((3,), uniform, dtype=torch.float64))
+    chosen, total = inverse_cdf(weights, torch.full((3,), uniform, dtype=torch.float64))
     sums = weights.double().cumsum(-1)
+    torch.testing.assert_close(total, sums[:, -1], atol=1e-6, rtol=1e-6)
     for row, index in enumerate(chosen.tolist()):
         assert weights[row, index] > 0
         target = uniform * sums[row, -1]
@@ -336,6 +337,13 @@ def test_truncation_equals_transformers(size: int, options: dict[str, Any]) -> N
         torch.testing.assert_close(logp, expected[row][tokens], atol=2e-5, rtol=1e-5)
         likely = (expected[row] > torch.tensor(2e-3).log()).nonzero().flatten().tolist()
         assert set(likely) <= set(tokens.tolist())
+
+
+def test_log_probs_over_a_large_vocabulary_are_exact() -> None:
+    logits = torch.randn(8, 50_000, generator=torch.Generator().manual_seed(0)) * 3
+    tokens, logp = draw_tokens(logits.clone(), torch.linspace(0, 0.999, 8, dtype=torch.float64), TextSampling())
+    exact = logits.double().log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    torch.testing.assert_close(logp.double(), exact, atol=2e-6, rtol=0)
 
 
 def test_uniform_stream_is_a_function_of_row_and_step() -> None:

@@ -13,8 +13,8 @@ from mmalign.policies.base import TextSampling
 
 _BLOCK = 256
 """Entries per block of the two-level search: block sums first, then one block."""
-_CANDIDATES = 1024
-"""Most likely entries tried for top-p before the whole vocabulary is sorted."""
+_CANDIDATES = 512
+"""Most likely entries tried first for top-p; eight times as many when they do not hold enough."""
 
 
 class UniformStream:
@@ -56,30 +56,35 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: TextSampling) -> tup
         return tokens, _pick(logits, tokens) - logits.logsumexp(-1)
     if sampling.temperature != 1.0:
         logits = logits.div_(sampling.temperature)
-    probabilities = logits.softmax(-1)
+    # Not softmax: its sum over a large vocabulary is off by 1e-5 on a CPU, and its log-probs with it.
+    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
     if not sampling.truncated:
-        tokens = inverse_cdf(probabilities, uniforms)
-        return tokens, _pick(probabilities, tokens).log()
-    kept, order = _truncate(probabilities, sampling.top_k, sampling.top_p)
-    rank = inverse_cdf(kept, uniforms)
-    mass = kept.sum(-1, dtype=torch.float64)
-    logp = (_pick(kept, rank).double() / mass).log().float()
-    return _pick(order, rank), logp
+        tokens, total = inverse_cdf(weights, uniforms)
+        return tokens, _log_share(weights, tokens, total)
+    kept, order = _truncate(weights, sampling.top_k, sampling.top_p)
+    rank, total = inverse_cdf(kept, uniforms)
+    return _pick(order, rank), _log_share(kept, rank, total)
 
 
 def _pick(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index[:, None]).squeeze(1)
 
 
-def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Index of the first entry at which the running sum of ``weights[R, V]`` exceeds ``uniforms[R]`` times the total.
+def _log_share(weights: Tensor, index: Tensor, total: Tensor) -> Tensor:
+    return (_pick(weights, index).double() / total).log().float()
 
-    Sums are float64 from blocks on; an entry of weight 0 is never returned.
+
+def inverse_cdf(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw from unnormalised ``weights[R, V]``.
+
+    Returns:
+        ``index[R]``, the first entry at which the running sum exceeds ``uniforms[R]`` times the total (never one of
+        weight 0), and the total ``[R]`` float64. Sums are float64 except inside blocks of 256 entries.
     """
     size = weights.shape[1]
     if size <= 2 * _BLOCK:
         sums = weights.cumsum(-1, dtype=torch.float64)
-        return _first_above(sums, uniforms.to(sums.device) * sums[:, -1])
+        return _first_above(sums, uniforms.to(sums.device) * sums[:, -1]), sums[:, -1]
     whole = size // _BLOCK * _BLOCK
     blocks = weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)
     if whole < size:
@@ -91,7 +96,7 @@ def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     columns = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=weights.device)
     inside = weights.gather(1, columns.clamp(max=size - 1)).masked_fill(columns >= size, 0.0)
     inner = inside.cumsum(-1, dtype=torch.float64)
-    return block * _BLOCK + _first_above(inner, target - before)
+    return block * _BLOCK + _first_above(inner, target - before), sums[:, -1]
 
 
 def _first_above(sums: Tensor, target: Tensor) -> Tensor:
@@ -101,22 +106,20 @@ def _first_above(sums: Tensor, target: Tensor) -> Tensor:
     return torch.minimum(above, last).squeeze(1)
 
 
-def _truncate(probabilities: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+def _truncate(weights: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """Weights ``[R, K]`` of the tokens kept, most likely first (0 = not kept), and their ids ``[R, K]``."""
-    size = probabilities.shape[1]
+    size = weights.shape[1]
     limit = min(top_k or size, size)
-    width = limit if top_p >= 1 else min(limit, _CANDIDATES)
-    while True:
-        kept, order = probabilities.topk(width, dim=-1)
-        if top_p >= 1:
-            return kept, order
-        if top_k:
-            total = kept.sum(-1, keepdim=True, dtype=torch.float64) if width == limit else \
-                probabilities.topk(limit, dim=-1).values.sum(-1, keepdim=True, dtype=torch.float64)
-        else:
-            total = probabilities.sum(-1, keepdim=True, dtype=torch.float64)
+    if top_p >= 1:
+        kept, order = weights.topk(limit, dim=-1)
+        return kept, order
+    among = weights.topk(limit, dim=-1).values if top_k else weights
+    total = among.sum(-1, keepdim=True, dtype=torch.float64)
+    width = min(limit, _CANDIDATES)
+    while True:  # a full sort of the vocabulary is dear, and seldom needed
+        kept, order = weights.topk(width, dim=-1)
         above = kept.cumsum(-1, dtype=torch.float64) - kept  # mass of the more likely tokens
         keep = above < top_p * total
         if width == limit or not bool(keep[:, -1].any()):
             return kept * keep, order
-        width = limit
+        width = min(limit, 8 * width)
