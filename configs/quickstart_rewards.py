@@ -1,7 +1,8 @@
 """The rewards of the quickstart: plain functions of (prompts, completions, **columns), for text and for images.
 
-``completions`` mirror the prompts: a list with one assistant message for chat prompts, a PIL image for captions. Further columns of the data set
-(``answer``) arrive as keyword arguments. Functions written for TRL's GRPOTrainer have the same form and run unchanged.
+``completions`` mirror the prompts: a list with one assistant message for chat prompts, a PIL image for captions. Further
+columns of the data set (``answer``) arrive as keyword arguments. Functions written for TRL's GRPOTrainer have the same
+form and run unchanged.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def generate(
     model: Annotated[str, typer.Argument(help="Folder, hub id or asset:NAME")],
     data: Annotated[Optional[str], typer.Option(help="Prompts: file, folder, hub id or asset:NAME")] = None,  # noqa: UP045
     prompt: Annotated[Optional[list[str]], typer.Option(help="A prompt (repeatable), instead of --data")] = None,  # noqa: UP045
-    n: Annotated[int, typer.Option(help="Samples per prompt")] = 1,
+    n: Annotated[int, typer.Option("--n", "-n", help="Samples per prompt")] = 1,
     chat: Annotated[bool, typer.Option(help="Send --prompt as a user message through the chat template")] = True,
     overrides: Overrides = None, run_dir: RunDir = None,
 ) -> None:

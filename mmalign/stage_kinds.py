@@ -27,7 +27,7 @@ from mmalign.training.checkpoint import atomic_folder
 from mmalign.training.evaluation import evaluate_policy, save_samples
 from mmalign.training.tracking import ProgressBar
 
-SAMPLING = {"text": TextSampling, "diffusion": DiffusionSampling}
+SAMPLING: dict[str, type[Options]] = {"text": TextSampling, "diffusion": DiffusionSampling}
 
 
 class SampledOptions(Options):
@@ -102,23 +102,49 @@ def sample_records(rollout: Rollout, examples: Sequence[Mapping[str, Any]], *, f
     for i, at in enumerate(rollout.group.tolist()):
         sample = rollout.samples[i]
         own = {"completion": sample} if isinstance(sample, (str, list)) else {"image": sample}
-        kept = {k: v for k, v in examples[at].items() if k not in ("completion", "image", "id")}
+        # The row's own sample gives way to the new one; pictures that belong to a text prompt stay.
+        replaced = ("completion", "image", "id") if "completion" in own else ("completion", "image", "images", "id")
+        kept = {k: v for k, v in examples[at].items() if k not in replaced}
         reason = {"finish_reason": rollout.finish_reason[i]} if rollout.finish_reason else {}
         records.append({**kept, **own, "group": first_group + at, "id": f"{first_group + at}-{i}", **reason})
     return records
 
 
 def save_records(records: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Write rows as a datasets folder; PIL images become an image column."""
-    from datasets import Dataset, Features, Image
+    """Write rows as a datasets folder; PIL images, and lists of them, become image columns."""
+    from datasets import Dataset, Features, Image, List, disable_progress_bars
     from PIL.Image import Image as PILImage
 
-    images = [k for k, v in records[0].items() if isinstance(v, PILImage)]
-    plain = Dataset.from_list([{k: v for k, v in record.items() if k not in images} for record in records])
-    if images:
-        features = Features({**plain.features, **{name: Image() for name in images}})
+    disable_progress_bars()
+    pictures: dict[str, Any] = {}
+    for name, value in records[0].items():
+        if isinstance(value, PILImage):
+            pictures[name] = Image()
+        elif isinstance(value, list) and value and isinstance(value[0], PILImage):
+            pictures[name] = List(Image())
+    plain = Dataset.from_list([{k: v for k, v in record.items() if k not in pictures} for record in records])
+    if pictures:
+        features = Features({**plain.features, **pictures})
         plain = Dataset.from_list([dict(record) for record in records], features=features)
     plain.save_to_disk(str(folder))
+
+
+def sample_column(row: Mapping[str, Any]) -> str:
+    """The column that holds a row's sample; raises DataError when there is none."""
+    name = next((name for name in ("completion", "image", "images", "views") if name in row), None)
+    if name is None:
+        raise DataError(f"data.path: no sample in the rows: completion, image or views is needed; columns are {', '.join(row)}")
+    return name
+
+
+def sample_in(row: Mapping[str, Any], name: str) -> Any:
+    """The sample of a row; the list of one picture that a loaded ``image`` column becomes is unwrapped."""
+    value = row[name]
+    if name == "images":
+        if len(value) != 1:
+            raise DataError(f"data.path: column images holds {len(value)} pictures in a row; a sample is exactly one")
+        return value[0]
+    return value
 
 
 class ScoreOptions(Options):
@@ -155,13 +181,14 @@ def rollout_of(rows: Sequence[Mapping[str, Any]]) -> Rollout:
     if not len(rows):
         raise DataError("data.path: the data set has no rows")
     first = rows[0]
-    sample = next((name for name in ("completion", "image", "views") if name in first), None)
-    if sample is None or "prompt" not in first:
-        raise DataError(f"data.path: scoring needs the columns prompt and completion (or image); columns are {', '.join(first)}")
+    sample = sample_column(first)
+    if "prompt" not in first:
+        raise DataError(f"data.path: scoring needs the column prompt; columns are {', '.join(first)}")
     columns = {name: [row[name] for row in rows] for name in first if name not in ("prompt", sample)}
     group = torch.tensor(columns.get("group", list(range(len(rows)))), dtype=torch.long)
     empty = torch.zeros(len(rows), 1)
-    return Rollout([row["prompt"] for row in rows], [row[sample] for row in rows], group, Rows({}), empty.bool(), empty, columns)
+    samples = [sample_in(row, sample) for row in rows]
+    return Rollout([row["prompt"] for row in rows], samples, group, Rows({}), empty.bool(), empty, columns)
 
 
 class SelectOptions(Options):
@@ -209,9 +236,9 @@ def select(options: SelectOptions, context: StageContext) -> StageResult:
 
 
 def _pair(chosen: Mapping[str, Any], rejected: Mapping[str, Any]) -> dict[str, Any]:
-    sample = "completion" if "completion" in chosen else "image"
+    sample = sample_column(chosen)
     kept = {k: v for k, v in chosen.items() if k not in (sample, "score", "finish_reason") and not k.startswith("reward_")}
-    return {**kept, "chosen": chosen[sample], "rejected": rejected[sample],
+    return {**kept, "chosen": sample_in(chosen, sample), "rejected": sample_in(rejected, sample),
             "chosen_score": chosen["score"], "rejected_score": rejected["score"]}
 
 

@@ -189,7 +189,9 @@ def test_results_of_runs(tmp_path: Path) -> None:
     assert compared.ratio == pytest.approx(0.5 / 0.06)
 
 
-@pytest.mark.parametrize(("difference", "kind"), [(0.5, "better"), (0.13, "better"), (-0.5, "worse"), (0.11, "same"), (0.0, "same")])
+@pytest.mark.parametrize(("difference", "kind"), [
+    (0.5, "better"), (0.13, "better"), (-0.5, "worse"), (0.11, "same"), (0.0, "same"),
+])
 def test_a_difference_is_coloured_from_two_standard_errors_on(tmp_path: Path, difference: float, kind: str) -> None:
     run = write_stage(tmp_path / "run", metrics={"eval/r": 1.0, "before/r": 0.5, "after/r": 1.0, "difference/r": difference,
                                                  "difference/r/error": 0.06})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmalign import __version__
 from mmalign.hub.source import Source
 from mmalign.policies.provenance import hub_id, package_versions
 
@@ -206,7 +207,7 @@ def card_text(facts: CardFacts) -> str:
     trained = f", trained from {base}" if facts.base_label or facts.base_id else ""
     method = f" with `{facts.method}`" if facts.method else ""
     sections = [
-        f"# {facts.name}", f"{article}{trained}{method} by [mmalign](https://pypi.org/project/mmalign).",
+        f"# {facts.name}", f"{article}{trained}{method} by mmalign {__version__}.",
         "## Use", f"No mmalign is needed.\n\n```python\n{snippet(facts)}\n```", "## Training", _training(facts),
     ]
     if facts.datasets:
@@ -223,7 +224,8 @@ def snippet(facts: CardFacts) -> str:
     base = facts.base_id or "path/to/the/base"
     if facts.kind in ("transformers", "merged"):
         cls = facts.network_class or "AutoModelForCausalLM"
-        return (f"from transformers import AutoTokenizer, {cls}\n\ntokenizer = AutoTokenizer.from_pretrained(\"{here}\")\n"
+        names = ", ".join(sorted(("AutoTokenizer", cls)))
+        return (f"from transformers import {names}\n\ntokenizer = AutoTokenizer.from_pretrained(\"{here}\")\n"
                 f"model = {cls}.from_pretrained(\"{here}\", dtype=\"auto\")")
     if facts.kind == "adapter":
         return (f"from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
@@ -253,9 +255,16 @@ def _training(facts: CardFacts) -> str:
     return f"| | |\n|---|---|\n{table}\n\n{note}" if table else "Nothing is recorded about the training of these weights."
 
 
+def _given(value: Any) -> Any:
+    """``value`` without entries that are null or empty, which say nothing to a reader."""
+    if isinstance(value, Mapping):
+        return {key: _given(item) for key, item in value.items() if item not in (None, [], {}, "")}
+    return [_given(item) for item in value] if isinstance(value, list) else value
+
+
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False).replace("|", "\\|").replace("`", "'")
-    return text if len(text) <= 160 else f"{text[:157]}..."
+    text = json.dumps(_given(value), default=str, ensure_ascii=False).replace("|", "\\|").replace("`", "'")
+    return text if len(text) <= 240 else f"{text[:237]}..."
 
 
 def _evaluation(found: list[Measure]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +26,7 @@ def cast_weights(module: Any, dtype: torch.dtype) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, and no notes below errors from diffusers, transformers and peft."""
+    """No progress bars, notes or warnings of diffusers, transformers and peft: what matters is in the report."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "peft")]
     levels = [logger.level for logger in loggers]
     from diffusers.utils import logging as diffusers_logging
@@ -34,7 +35,9 @@ def quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     diffusers_logging.disable_progress_bar()
     try:
-        with without_transformers_bars():
+        with without_transformers_bars(), warnings.catch_warnings():
+            for category in (FutureWarning, DeprecationWarning, UserWarning):
+                warnings.simplefilter("ignore", category)
             yield
     finally:
         diffusers_logging.enable_progress_bar()

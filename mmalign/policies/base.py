@@ -185,7 +185,8 @@ class Rollout:
 
         rewards = [part.rewards for part in parts]
         mask, old_logp = stack([part.mask for part in parts]), stack([part.old_logp for part in parts])
-        assert mask is not None and old_logp is not None
+        assert mask is not None
+        assert old_logp is not None
         return replace(
             first, prompts=[p for part in parts for p in part.prompts],
             samples=[s for part in parts for s in part.samples], group=torch.cat(groups),

@@ -151,7 +151,7 @@ def save_lora(pipe: Any, folder: Path, *, names: tuple[str, ...]) -> None:
 
     Without the configuration in the header a file whose alpha differs from its rank loads at the wrong strength.
     """
-    from diffusers.utils import convert_state_dict_to_diffusers
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
     from peft import PeftType, get_peft_model_state_dict
 
     arguments: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +101,7 @@ def load_policy(options: ModelOptions, *, encoding: TextEncoding | None = None, 
     if kind == "diffusion_adapter":
         path, adapter = base_of_adapter(Path(path)), path
         kind = "diffusion"
+    _silence_bars("transformers", *(["diffusers"] if kind == "diffusion" else []))
     if kind == "diffusion":
         from mmalign.policies.diffusion import DiffusionPolicy
 
@@ -116,6 +118,12 @@ def load_policy(options: ModelOptions, *, encoding: TextEncoding | None = None, 
     if options.gradient_checkpointing:
         policy.gradient_checkpointing(True)  # type: ignore[attr-defined]
     return policy
+
+
+def _silence_bars(*libraries: str) -> None:
+    """Turn off the loading bars of transformers or diffusers: they scroll away what a run has to say."""
+    for name in libraries:
+        importlib.import_module(f"{name}.utils.logging").disable_progress_bar()
 
 
 def base_of_adapter(folder: Path) -> str:

@@ -106,6 +106,9 @@ class Row:
     rate: float
     """Our GFLOP/s over the unavoidable products."""
     bound: str
+    """What keeps our figure from being better."""
+    load: float = 0.0
+    """Load average of the machine at the end of the case."""
 
     @property
     def time_ratio(self) -> tuple[float, float]:
@@ -202,6 +205,7 @@ def compare(bench: Bench, case: Case, script: Path, *, rounds: int, steps: int, 
         rows.append(Row(
             bench.name, case.name, peer, seconds, our_seconds, size, our_bytes, worst,
             not worst > case.tolerance, case.targets.get(peer), ours[0].flop / our_seconds[0] / 1e9, case.bound,
+            os.getloadavg()[1],
         ))
     return rows
 
@@ -224,6 +228,22 @@ def difference(
             gap = abs(a - b) / max(abs(a), abs(b), scales.get(name, 1e-12))
             worst = gap if worst != worst else max(worst, gap)
     return worst
+
+
+def save_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+def load_rows(path: Path) -> list[Row]:
+    """Rows that :func:`save_rows` wrote."""
+    rows = []
+    for entry in json.loads(path.read_text()):
+        pairs = {name: tuple(entry[name]) for name in ("peer_seconds", "our_seconds")}
+        target = None if entry["target"] is None else tuple(entry["target"])
+        rows.append(Row(**{**entry, **pairs, "target": target}))
+    return rows
 
 
 # -- showing -----------------------------------------------------------------------------------------------------------
@@ -299,7 +319,7 @@ def main(bench: Bench, script: str) -> None:
     console = Console(width=max(Console().width, 170))
     rows = measure(bench, Path(script).resolve(), cases, rounds=options.rounds, steps=options.steps, console=console)
     if options.json is not None:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        save_rows(rows, options.json)
     if any(not row.agrees for row in rows):
         sys.exit("the sides do not compute the same: no ratio counts")
 

@@ -13,7 +13,7 @@ import grpo
 import log_probs
 import sft
 import startup
-from harness import REPOSITORY, Bench, Row, cells, machine, measure
+from harness import REPOSITORY, Bench, Row, cells, load_rows, machine, measure, save_rows, table
 from rich.console import Console
 
 BENCHES = (dpo.BENCH, sft.BENCH, grpo.BENCH, generation.BENCH, log_probs.BENCH)
@@ -67,13 +67,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes per side")
     parser.add_argument("--steps", type=int, default=5, help="timed steps per process, after one warm-up")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(REPOSITORY)}")
+    parser.add_argument("--results", type=Path, help="folder to keep the rows of every bench in; those there are not run again")
     options = parser.parse_args()
     console = Console(width=max(Console().width, 170))
     facts = machine()
     results = []
     for bench in BENCHES:
-        script = Path(__file__).with_name(f"{bench.name}.py")
-        results.append((bench, measure(bench, script, bench.cases, rounds=options.rounds, steps=options.steps, console=console)))
+        kept = None if options.results is None else options.results / f"{bench.name}.json"
+        if kept is not None and kept.is_file():
+            rows = load_rows(kept)
+            console.print(table(bench.title, rows, bench.unit))
+        else:
+            script = Path(__file__).with_name(f"{bench.name}.py")
+            rows = measure(bench, script, bench.cases, rounds=options.rounds, steps=options.steps, console=console)
+            if kept is not None:
+                save_rows(rows, kept)
+        results.append((bench, rows))
     starts = startup.measure(options.rounds)
     startup.show(starts, console)
     load = os.getloadavg()

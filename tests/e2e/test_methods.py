@@ -33,7 +33,8 @@ SMALL = {
 
 
 def plan(root: Path, name: str, run_dir: Path, *overrides: str) -> Any:
-    return load_plan(root / "configs" / METHOD_CONFIGS[name], ["checkpoint.every=1", *SMALL[name], *overrides], run_dir=str(run_dir))
+    config = root / "configs" / METHOD_CONFIGS[name]
+    return load_plan(config, ["checkpoint.every=1", *SMALL[name], *overrides], run_dir=str(run_dir))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from typing import Any
 
 import torch
@@ -85,8 +86,11 @@ class PeftTuning(FullTuning):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "init", "adapter"))
             try:
-                self._inject(policy, config)
-            except ValueError as error:
+                with warnings.catch_warnings():
+                    # peft reads an attribute that transformers has renamed; nothing a user could do about it
+                    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+                    self._inject(policy, config)
+            except (ValueError, TypeError) as error:
                 raise ConfigError(f"tuning.target_modules: {error}") from None
         for parameter in policy.module.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
