@@ -113,8 +113,8 @@ mean of its action log-probs; *reference* whether it is taken relative to the fr
 REWARD_NOTE = """Entries of `rewards:`. Functions of your own are written `file.py:function` or `package.module:function`; see
 [Custom rewards](custom-rewards.md).
 """
-TUNING_NOTE = """`tuning: {name: ..., <options>}`. `full` takes `match` and `freeze` (shell patterns of parameter names); the others
-are types of the peft package and take the fields of its configuration classes.
+TUNING_NOTE = """`tuning: {name: ..., <options>}`. `full` takes `match` and `freeze` (shell patterns of parameter names);
+the others are types of the peft package and take the fields of its configuration classes.
 """
 COUNTS = {"actions": "actions of the update", "rows": "rows of the update", "nothing": "1"}
 

@@ -1,9 +1,9 @@
 """Trains the packaged ``shapes`` text-to-image model from scratch: a diffusers StableDiffusionPipeline at 32 x 32.
 
 A latent diffusion model in miniature (Rombach et al., 2022, arXiv:2112.10752): a variational autoencoder with 4 x 8 x 8
-latents, a word-level CLIP text encoder and a UNet of about one million parameters, trained to predict the noise with the loss weighted by
-min(1 / SNR, 5) (in the spirit of Hang et al., 2023, arXiv:2303.09556), dropped captions for classifier-free guidance (Ho and Salimans, 2022, arXiv:2207.12598) and an exponential moving
-average of the weights. About ten minutes on two CPU cores::
+latents, a word-level CLIP text encoder and a UNet of about one million parameters, trained to predict the noise with the
+loss weighted by min(1 / SNR, 5) (in the spirit of Hang et al., 2023, arXiv:2303.09556), dropped captions for
+classifier-free guidance (Ho and Salimans, 2022, arXiv:2207.12598) and an exponential moving average of the weights. About ten minutes on two CPU cores::
 
     python scripts/train_shapes_base.py                       # rebuilds mmalign/data/files/shapes_base
     python scripts/train_shapes_base.py --output /tmp/base --steps 500 --images 1000
@@ -53,7 +53,8 @@ class Recipe:
     steps: int = 1000
     batch: int = 64
     lr: float = 2e-3
-    max_loss_weight: float = 5.0
+    min_loss_weight: float = 0.2
+    max_loss_weight: float = 3.0
     weight_decay: float = 1e-2
     warmup: int = 100
     ema_decay: float = 0.998
@@ -218,7 +219,7 @@ def train_diffusion(pipe: StableDiffusionPipeline, latents: Tensor, captions: li
     # Weight 1 / SNR is the error of the clean latents: what is where is decided at high noise, where the error of the
     # noise is small in itself. Unweighted, left and right are told apart only after about four times as many steps.
     signal = pipe.scheduler.alphas_cumprod
-    weights = ((1 - signal) / signal).clamp(max=recipe.max_loss_weight)
+    weights = ((1 - signal) / signal).clamp(recipe.min_loss_weight, recipe.max_loss_weight)
     noise = generator(recipe.seed, "shapes_base", "noise", "diffusion")
     batches = index_batches(len(latents), recipe.batch, recipe.seed, "diffusion")
     curve: list[float] = []

@@ -83,7 +83,9 @@ def make_accelerator(options: LoopOptions, folder: Path) -> Any:
         precision = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
     AcceleratorState._reset_state()
     names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+    # Without an accelerator, accelerate joins a launched group of processes only when told that CPUs are meant.
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=names[precision], log_with=list(options.tracking.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers")),
     )

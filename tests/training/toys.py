@@ -45,11 +45,13 @@ class BanditPolicy:
         return None
 
     def log_probs(self, rows: Rows, *, draw: Any = None, temperature: float = 1.0, want: Any = ()) -> ActionScores:
+        return self.scores_from((self.module.logits / temperature).log_softmax(-1), rows)
+
+    def scores_from(self, table: Tensor, rows: Rows) -> ActionScores:
         mask = self.action_mask(rows)
         choices = torch.zeros(mask.shape, dtype=torch.long)
         for i, choice in enumerate(rows["choice"]):
             choices[i, : len(choice)] = choice
-        table = (self.module.logits / temperature).log_softmax(-1)
         logp = table[rows["context"]].gather(1, choices) * mask
         return ActionScores(logp=logp, mask=mask)
 

@@ -1,0 +1,79 @@
+"""Two processes over gloo: the gradient and the reported loss are those of one process on the same rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+from toys import BanditPolicy, FixedExperience, bandit_rows
+from mmalign.training.experience import BatchShape
+from mmalign.training.loop import CheckpointOptions, Loop, LoopOptions, make_accelerator
+from mmalign.training.objective import LossTerm, Supervised, TrainState, UpdateBatch
+from mmalign.training.optimizers import OptimizerOptions
+from mmalign.training.tracking import TrackingOptions
+
+folder, reduction, uneven = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "uneven"
+options = LoopOptions(steps=1, precision="float32", checkpoint=CheckpointOptions(model_format=False),
+                      tracking=TrackingOptions(quiet=True))
+accelerator = make_accelerator(options, folder)
+world, rank = accelerator.num_processes, accelerator.process_index
+
+class Module(torch.nn.Module):
+    # DistributedDataParallel synchronises gradients of what its own forward computed.
+    def __init__(self):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.linspace(-1, 1, 20).reshape(4, 5).clone())
+    def forward(self):
+        return self.logits * 1.0
+
+class Policy(BanditPolicy):
+    def log_probs(self, rows, *, draw=None, temperature=1.0, want=()):
+        table = self.module().log_softmax(-1)
+        return self.scores_from(table, rows)
+
+rows = bandit_rows(8, seed=3)
+cut = 5 if uneven else 4
+mine = rows if world == 1 else rows.take(range(cut) if rank == 0 else range(cut, 8))
+policy = Policy(Module())
+loop = Loop(Supervised(policy, [LossTerm("nll", reduction=reduction)]), FixedExperience(mine, 8), policy,
+            BatchShape(8, 2, 1, world), TrainState(seed=0, total_steps=1, rank=rank, world_size=world), options=options,
+            optimizers=[OptimizerOptions(kind="sgd", lr=1.0, max_grad_norm=None)], folder=folder, accelerator=accelerator)
+before = loop.bare["policy"].logits.detach().clone()
+record = loop.update(UpdateBatch({"train": mine}))
+if accelerator.is_main_process:
+    gradient = (before - loop.bare["policy"].logits.detach()).flatten().tolist()
+    (folder / f"{world}.json").write_text(json.dumps({"gradient": gradient, "loss": record["loss"], "nll": record["nll"]}))
+accelerator.end_training()
+"""
+
+
+def launch(script: Path, folder: Path, processes: int, *arguments: str) -> dict[str, object]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent.parent}"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script)]
+    done = subprocess.run([*command, str(folder), *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, object] = json.loads((folder / f"{processes}.json").read_text())
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["token_mean", "seq_mean_token_mean"])
+@pytest.mark.parametrize("split", ["even", "uneven"])
+def test_two_processes_give_the_gradient_of_one(reduction: str, split: str, tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    one, two = (launch(script, tmp_path, processes, reduction, split) for processes in (1, 2))
+    assert two["gradient"] == pytest.approx(one["gradient"], abs=1e-6)
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-6)
+    assert two["nll"] == pytest.approx(one["nll"], abs=1e-6)
+    assert max(abs(g) for g in one["gradient"]) > 1e-3  # type: ignore[union-attr]
