@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmalign.data.assets import asset_path
 from mmalign.hub.fresh import load_in_fresh_process
 from mmalign.methods.registry import METHODS
 from mmalign.methods.training import prepare_training
@@ -91,8 +92,9 @@ def test_configuration_runs_as_it_stands_and_its_model_loads_without_mmalign(nam
     assert {"config", "versions", "seed", "inputs"} <= manifest.keys()
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert max(record["grad_norm"] for record in records) > 0
-    result = load_in_fresh_process(Path(next(iter(manifests.values()))["outputs"]["model"]))
-    assert result
+    model = Path(next(iter(manifests.values()))["outputs"]["model"])
+    base = asset_path("shapes_base") if (model / "pytorch_lora_weights.safetensors").is_file() else None
+    assert load_in_fresh_process(model, base=base)
     again = run_plan(load_plan(root / "configs" / METHOD_CONFIGS[name], run_dir=str(tmp_path / "run")), quiet=True)
     assert next(iter(again.values()))["finished"] == manifest["finished"]  # unchanged: skipped
 
