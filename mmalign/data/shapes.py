@@ -365,6 +365,7 @@ def shapes_base_path() -> Path:
     """Folder of the packaged text-to-image base model: a diffusers ``StableDiffusionPipeline`` at 32 x 32 pixels.
 
     It is trained from scratch on :func:`make_shapes` by ``scripts/train_shapes_base.py``; ``training.json`` in it
-    holds the recipe and the scores.
+    holds the recipe and the scores. Colour, shape and number are right nearly always; of a position the axis is right
+    and the side is not (left or right, top or bottom are at chance), which is where most of the room for alignment is.
     """
     return Path(__file__).parent / "files" / "shapes_base"
