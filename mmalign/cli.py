@@ -149,7 +149,7 @@ def _generate_now(model: str, prompts: list[str], n: int, chat: bool, overrides:
     from mmalign.config import apply_overrides
     from mmalign.core.seeding import generator
     from mmalign.policies.loading import ModelOptions, load_policy
-    from mmalign.stage_kinds import sampling_for
+    from mmalign.stage_kinds.sampling import sampling_for
 
     policy = load_policy(ModelOptions(path=model))
     given: list[Any] = list(prompts)

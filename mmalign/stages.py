@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import os
+import pkgutil
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -79,7 +80,9 @@ class Stage:
 
 
 def _populate() -> None:
-    importlib.import_module("mmalign.stage_kinds")
+    package = importlib.import_module("mmalign.stage_kinds")
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
     for entry in entry_points(group=STAGE_ENTRY_POINT_GROUP):
         load_entry_point(entry)
 

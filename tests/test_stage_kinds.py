@@ -10,7 +10,8 @@ from PIL import Image
 
 from mmalign.data.loading import DataOptions, load_rows
 from mmalign.errors import DataError, MmalignError
-from mmalign.stage_kinds import rollout_of, save_records
+from mmalign.stage_kinds.records import save_records
+from mmalign.stage_kinds.score import rollout_of
 from mmalign.stages import make_plan, run_plan
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import random
@@ -72,6 +73,12 @@ class LoopResult:
     resumed_from: int = 0
 
 
+def leave_process_group() -> None:
+    """Destroy the group of processes, if there is one: at exit, since the stages of a run share it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def make_accelerator(options: LoopOptions, folder: Path) -> Any:
     """An ``accelerate.Accelerator`` for this loop; a later loop of the same process may use another precision."""
     from accelerate import Accelerator
@@ -82,6 +89,8 @@ def make_accelerator(options: LoopOptions, folder: Path) -> Any:
     if precision == "auto":
         precision = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
     AcceleratorState._reset_state()
+    atexit.unregister(leave_process_group)
+    atexit.register(leave_process_group)
     names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
     # Without an accelerator, accelerate joins a launched group of processes only when told that CPUs are meant.
     return Accelerator(
@@ -153,8 +162,8 @@ class Loop:
             finally:
                 if log is not None:
                     log.close()
-        if self.options.tracking.trackers:
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # not end_training: a later stage needs the process group
+            tracker.finish()
         return LoopResult(self.state.step, self.last, totals, resumed)
 
     def _quiet(self) -> bool:

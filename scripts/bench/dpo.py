@@ -7,7 +7,7 @@ from typing import Any
 import library
 import trl_side
 import workload
-from harness import OURS, Bench, Case, Measurement, Meter, main
+from harness import OURS, Bench, Case, Measurement, Meter, learning_rate, main
 
 PAIRS = 2
 BETA = 0.1
@@ -48,7 +48,7 @@ def ours(case: Case, steps: int) -> Measurement:
     tree = {
         "model": {"path": str(workload.model_folder())}, "data": {"path": str(workload.write_rows(rows_of(case)))},
         "batch": {"examples_per_update": PAIRS}, "losses": [{"name": "sigmoid", "beta": BETA}],
-        "optimizers": [{"lr": RATE}], "precision": "float32",
+        "optimizers": [{"lr": learning_rate(RATE)}], "precision": "float32",
     }
     return library.train("dpo", tree, steps=steps, **work(case, steps))
 
@@ -61,8 +61,8 @@ def trl(case: Case, steps: int) -> Measurement:
     rows = rows_of(case)
     order = workload.visiting_order(ROWS, PAIRS * (steps + 1))
     model, tokenizer = trl_side.load(workload.model_folder(), meter)
-    arguments = DPOConfig(**trl_side.common_arguments(steps, PAIRS, RATE), beta=BETA, precompute_ref_log_probs=False,
-                          max_length=1024, train_sampling_strategy="sequential")
+    arguments = DPOConfig(**trl_side.common_arguments(steps, PAIRS, learning_rate(RATE)), beta=BETA, max_length=1024,
+                          precompute_ref_log_probs=False, train_sampling_strategy="sequential")
     trainer = DPOTrainer(model, args=arguments, train_dataset=trl_side.as_dataset([rows[i] for i in order]),
                          processing_class=tokenizer, callbacks=[trl_side.StepMarks(meter)])
     return trl_side.run(trainer, meter)
@@ -79,7 +79,7 @@ def full_logits(case: Case, steps: int) -> Measurement:
     order = workload.visiting_order(ROWS, PAIRS * (steps + 1))
     model, tokenizer = trl_side.load(workload.model_folder(), meter)
     reference = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate(RATE), weight_decay=0.0, fused=True)
     losses, norms = [], []
     for step in range(steps + 1):
         batch = [rows[i] for i in order[step * PAIRS : (step + 1) * PAIRS]]

@@ -6,7 +6,9 @@ that neither side meets caches, allocators or imports of the other, and drift of
 * seconds: CPU time (user + system) of the process per step, from the end of one step to the end of the next, the first
   step dropped; the median and the minimum over all rounds. CPU time, because wall time of a shared machine says little.
 * memory: largest resident size during those steps minus the resident size with the model loaded and everything imported.
-* agreement: each side returns the values it computed (losses, gradient norms); they are compared before any ratio is shown.
+* agreement: each side returns the values it computed (losses, gradient norms); they are compared before any ratio is shown,
+  in runs of their own whose learning rate is 0. Both sides then hold the same weights in every step, so a difference is a
+  difference of the computation, not of the rounding that two optimisers have gathered.
 """
 
 from __future__ import annotations
@@ -36,6 +38,12 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 ENVIRONMENT = {**ONE_THREAD, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
                "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
 REPOSITORY = Path(__file__).resolve().parents[2]
+CHECKING = "MMALIGN_BENCH_CHECKING"
+
+
+def learning_rate(rate: float) -> float:
+    """``rate``, or 0 in a process that only compares values."""
+    return 0.0 if os.environ.get(CHECKING) else rate
 
 
 @dataclass
@@ -83,7 +91,8 @@ class Bench:
     cases: tuple[Case, ...]
     sides: Mapping[str, Side]
     checks: Mapping[str, Side] = field(default_factory=dict)
-    """Sides to compare values with when the timed ones draw their own random numbers; default: the timed sides."""
+    """Sides to compare values with when the timed ones draw their own random numbers; default: all sides, with
+    :func:`learning_rate` at 0."""
     unit: str = "s/step"
 
 
@@ -175,7 +184,8 @@ def run_side(script: Path, side: str, case: str, steps: int, *, check: bool = Fa
         out = Path(folder) / "measurement.json"
         command = [sys.executable, str(script), "--side", side, "--case", case, "--steps", str(steps), "--out", str(out)]
         command += ["--check"] if check else []
-        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY), "MMALIGN_BENCH_FOLDER": folder}
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY), "MMALIGN_BENCH_FOLDER": folder,
+                       CHECKING: "1" if check else ""}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, check=False)
         if done.returncode or not out.is_file():
             raise RuntimeError(f"{script.name}: side {side!r} of case {case!r} failed:\n{done.stderr[-4000:]}")
@@ -192,8 +202,7 @@ def compare(bench: Bench, case: Case, script: Path, *, rounds: int, steps: int, 
             found[side].append(measurement)
             say(f"{bench.name}/{case.name} round {number + 1} {side}: median {statistics.median(measurement.seconds):.4g} "
                 f"{bench.unit}, peak +{measurement.peak_bytes / 2**20:.0f} MiB, load {os.getloadavg()[0]:.1f}")
-    checked = {side: run_side(script, side, case.name, 3, check=True).values for side in bench.checks} or \
-        {side: runs[0].values for side, runs in found.items()}
+    checked = {side: run_side(script, side, case.name, 3, check=True).values for side in bench.checks or bench.sides}
     ours = found[OURS]
     our_seconds, our_bytes = summary(ours)
     rows = []
@@ -312,7 +321,7 @@ def main(bench: Bench, script: str) -> None:
     options = arguments(bench)
     if options.side is not None:
         case = next(case for case in bench.cases if case.name == options.case)
-        sides = bench.checks if options.check else bench.sides
+        sides = (options.check and bench.checks) or bench.sides
         options.out.write_text(json.dumps(asdict(sides[options.side](case, options.steps))))
         return
     cases = [case for case in bench.cases if options.case in (None, case.name)]

@@ -30,8 +30,8 @@ Written by `python scripts/bench/run_all.py --write`; every table can be made ag
   The median and the minimum over all timed steps; the first step of every process is dropped.
 - **Memory** is the largest resident size during those steps above the size with the model loaded. AdamW's moments and
   the gradients (3 x 60 MiB here) are part of it on every side.
-- **Values differ by**: largest relative difference of losses and gradient norms between the sides, step for step. No
-  ratio counts unless it is below 1e-5 in float32.
+- **Values differ by**: largest relative difference of losses and gradient norms between the sides over four steps of other
+  runs whose learning rate is 0, so that both hold the same weights. No ratio counts unless it is below 1e-5 in float32.
 - **Target** is the smallest time and memory ratio that we accept.
 - **Ours GFLOP/s** counts only the matrix products that no implementation can avoid: padding, prompts scored in vain and
   work done twice make it smaller.

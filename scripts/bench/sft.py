@@ -6,7 +6,7 @@ import library
 import trl_side
 import workload
 from dpo import padded
-from harness import OURS, Bench, Case, Measurement, Meter, main
+from harness import OURS, Bench, Case, Measurement, Meter, learning_rate, main
 
 RATE = 1e-5
 ROWS = 64
@@ -38,7 +38,7 @@ def ours(case: Case, steps: int) -> Measurement:
     tree = {
         "model": {"path": str(workload.model_folder())},
         "data": {"path": str(workload.write_rows(workload.completion_rows(ROWS)))},
-        "batch": {"examples_per_update": SIZES[case.name]}, "optimizers": [{"lr": RATE}], "precision": "float32",
+        "batch": {"examples_per_update": SIZES[case.name]}, "optimizers": [{"lr": learning_rate(RATE)}], "precision": "float32",
     }
     return library.train("sft", tree, steps=steps, **work(case, steps))
 
@@ -51,7 +51,7 @@ def trl(case: Case, steps: int) -> Measurement:
     rows, size = workload.completion_rows(ROWS), SIZES[case.name]
     order = workload.visiting_order(ROWS, size * (steps + 1))
     model, tokenizer = trl_side.load(workload.model_folder(), meter)
-    arguments = SFTConfig(**trl_side.common_arguments(steps, size, RATE), max_length=1024, shuffle_dataset=False,
+    arguments = SFTConfig(**trl_side.common_arguments(steps, size, learning_rate(RATE)), max_length=1024, shuffle_dataset=False,
                           train_sampling_strategy="sequential")
     trainer = SFTTrainer(model, args=arguments, train_dataset=trl_side.as_dataset([rows[i] for i in order]),
                          processing_class=tokenizer, callbacks=[trl_side.StepMarks(meter)])
@@ -66,7 +66,7 @@ def full_logits(case: Case, steps: int) -> Measurement:
     rows, size = workload.completion_rows(ROWS), SIZES[case.name]
     order = workload.visiting_order(ROWS, size * (steps + 1))
     model, tokenizer = trl_side.load(workload.model_folder(), meter)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate(RATE), weight_decay=0.0, fused=True)
     losses, norms = [], []
     for step in range(steps + 1):
         batch = [rows[i] for i in order[step * size : (step + 1) * size]]

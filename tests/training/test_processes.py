@@ -22,12 +22,6 @@ from mmalign.training.objective import LossTerm, Supervised, TrainState, UpdateB
 from mmalign.training.optimizers import OptimizerOptions
 from mmalign.training.tracking import TrackingOptions
 
-folder, reduction, uneven = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "uneven"
-options = LoopOptions(steps=1, precision="float32", checkpoint=CheckpointOptions(model_format=False),
-                      tracking=TrackingOptions(quiet=True))
-accelerator = make_accelerator(options, folder)
-world, rank = accelerator.num_processes, accelerator.process_index
-
 class Module(torch.nn.Module):
     # DistributedDataParallel synchronises gradients of what its own forward computed.
     def __init__(self):
@@ -41,19 +35,29 @@ class Policy(BanditPolicy):
         table = self.module().log_softmax(-1)
         return self.scores_from(table, rows)
 
-rows = bandit_rows(8, seed=3)
-cut = 5 if uneven else 4
-mine = rows if world == 1 else rows.take(range(cut) if rank == 0 else range(cut, 8))
-policy = Policy(Module())
-loop = Loop(Supervised(policy, [LossTerm("nll", reduction=reduction)]), FixedExperience(mine, 8), policy,
-            BatchShape(8, 2, 1, world), TrainState(seed=0, total_steps=1, rank=rank, world_size=world), options=options,
-            optimizers=[OptimizerOptions(kind="sgd", lr=1.0, max_grad_norm=None)], folder=folder, accelerator=accelerator)
-before = loop.bare["policy"].logits.detach().clone()
-record = loop.update(UpdateBatch({"train": mine}))
-if accelerator.is_main_process:
-    gradient = (before - loop.bare["policy"].logits.detach()).flatten().tolist()
-    (folder / f"{world}.json").write_text(json.dumps({"gradient": gradient, "loss": record["loss"], "nll": record["nll"]}))
-accelerator.end_training()
+def main():
+    folder, reduction, uneven = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "uneven"
+    options = LoopOptions(steps=1, precision="float32", checkpoint=CheckpointOptions(model_format=False),
+                          tracking=TrackingOptions(quiet=True))
+    accelerator = make_accelerator(options, folder)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    rows = bandit_rows(8, seed=3)
+    cut = 5 if uneven else 4
+    mine = rows if world == 1 else rows.take(range(cut) if rank == 0 else range(cut, 8))
+    policy = Policy(Module())
+    loop = Loop(Supervised(policy, [LossTerm("nll", reduction=reduction)]), FixedExperience(mine, 8), policy,
+                BatchShape(8, 2, 1, world), TrainState(seed=0, total_steps=1, rank=rank, world_size=world), options=options,
+                optimizers=[OptimizerOptions(kind="sgd", lr=1.0, max_grad_norm=None)], folder=folder, accelerator=accelerator)
+    before = loop.bare["policy"].logits.detach().clone()
+    record = loop.update(UpdateBatch({"train": mine}))
+    if accelerator.is_main_process:
+        gradient = (before - loop.bare["policy"].logits.detach()).flatten().tolist()
+        (folder / f"{world}.json").write_text(json.dumps({"gradient": gradient, "loss": record["loss"], "nll": record["nll"]}))
+    # As run_training ends. A thread of gloo that still holds the tensors of the last collective needs the interpreter
+    # to release them, and aborts the process when that is gone; a barrier holds none.
+    accelerator.wait_for_everyone()
+
+main()
 """
 
 
