@@ -15,6 +15,10 @@ class DataError(MmalignError, ValueError):
     """A data set cannot be used: missing columns, no rows, rows with nothing to train on, unreadable files."""
 
 
+class NoRowsLeftError(DataError):
+    """Rows were read, and none of them can be used."""
+
+
 class RewardError(MmalignError, ValueError):
     """A reward function raised, or returned something that is not one finite number (or None) per sample."""
 

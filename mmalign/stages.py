@@ -22,7 +22,7 @@ from mmalign.config import Options, apply_overrides, dump_yaml, parse, read_yaml
 from mmalign.core.registry import Registry, nearest
 from mmalign.core.seeding import derive_seed
 from mmalign.errors import ConfigError, MmalignError
-from mmalign.methods.registry import METHODS, load_entry_point
+from mmalign.methods.registry import METHODS, Pipeline, load_entry_point
 from mmalign.training.checkpoint import write_json
 
 STAGE_ENTRY_POINT_GROUP = "mmalign.stages"
@@ -124,6 +124,8 @@ class Plan:
     stages: list[PlannedStage]
     tree: dict[str, Any]
     single: bool
+    outputs: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Outputs of pipeline methods by name of their entry: ``OUTPUT -> STAGE.OUTPUT``."""
 
 
 def load_plan(path: str | Path, overrides: Sequence[str] = (), *, run_dir: str | None = None) -> Plan:
@@ -157,8 +159,64 @@ def make_plan(tree: Mapping[str, Any], *, config_folder: Path, default_name: str
             raise ConfigError("stages: must be a list with at least one stage")
     plan = Plan(run_dir, seed, config_folder, [], tree, single)
     for index, entry in enumerate(entries):
-        plan.stages.append(_plan_stage(entry, index, plan))
+        if _is_pipeline(entry):
+            _plan_pipeline(entry, index, plan)
+        else:
+            plan.stages.append(_plan_stage(entry, index, plan))
     return plan
+
+
+def _is_pipeline(entry: Any) -> bool:
+    name = entry.get("method") if isinstance(entry, dict) else None
+    return isinstance(name, str) and name in METHODS and METHODS.get(name).kind == "pipeline"
+
+
+def _plan_pipeline(entry: dict[str, Any], index: int, plan: Plan) -> None:
+    """Replace an entry whose method is a pipeline by the stages it stands for."""
+    method = METHODS.get(entry["method"])
+    name = str(entry.get("name", method.name))
+    where = "" if plan.single else f"stages.{name}"
+    body = _resolve_outputs({k: v for k, v in entry.items() if k not in ("name", "method", "seed")}, plan)
+    _check_references(body, where, plan)
+    pipeline: Pipeline = method.build(parse(method.options, body, root=where))
+    prefix = "" if plan.single else f"{name}-"
+    plan.single = False  # the stages have folders of their own
+    inner = {stage["name"] for stage in pipeline.stages}
+
+    def rename(text: str) -> str:
+        stage, _, output = text.removeprefix("stages.").partition(".")
+        return f"stages.{prefix}{stage}.{output}" if text.startswith("stages.") and stage in inner else text
+
+    for stage in pipeline.stages:
+        tree = _map_references(stage, rename)
+        own = {"seed": derive_seed(entry["seed"], stage["name"]) % 2**31} if "seed" in entry else {}
+        plan.stages.append(_plan_stage(own | tree | {"name": prefix + stage["name"]}, index, plan))
+    plan.outputs[name] = {output: prefix + target for output, target in pipeline.outputs.items()}
+
+
+def _map_references(node: Any, change: Callable[[str], str]) -> Any:
+    """``node`` with the inside of every ``${...}`` replaced."""
+    if isinstance(node, Mapping):
+        return {key: _map_references(value, change) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_map_references(value, change) for value in node]
+    if isinstance(node, str):
+        return REFERENCE.sub(lambda match: f"${{{change(match.group(1).strip())}}}", node)
+    return node
+
+
+def _resolve_outputs(node: Any, plan: Plan) -> Any:
+    """References to the outputs of a pipeline method become references to the stages that make them."""
+
+    def change(text: str) -> str:
+        stage, _, output = text.removeprefix("stages.").partition(".")
+        if not text.startswith("stages.") or stage not in plan.outputs:
+            return text
+        if output not in plan.outputs[stage]:
+            raise ConfigError(f"${{{text}}}: {stage!r} has no output {output!r}; it has {', '.join(plan.outputs[stage])}")
+        return f"stages.{plan.outputs[stage][output]}"
+
+    return _map_references(node, change) if plan.outputs else node
 
 
 def _plan_stage(entry: Any, index: int, plan: Plan) -> PlannedStage:
@@ -181,7 +239,7 @@ def _plan_stage(entry: Any, index: int, plan: Plan) -> PlannedStage:
     except ValueError as error:
         raise ConfigError(f"{where + '.' if where else ''}{'method' if 'method' in entry else 'kind'}: {error}") from None
     own = ("name", "method", "kind") if "seed" in chosen.options.model_fields else ("name", "method", "kind", "seed")
-    body = {k: v for k, v in entry.items() if k not in own}
+    body = _resolve_outputs({k: v for k, v in entry.items() if k not in own}, plan)
     _check_references(body, where, plan)
     parse(chosen.options, body, root=where)
     seed = entry.get("seed")

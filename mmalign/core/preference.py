@@ -6,11 +6,12 @@ actions) and whether it compares with a reference; the objective computes exactl
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,10 +24,10 @@ Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 INPUTS = frozenset({
     "chosen_logratio", "rejected_logratio", "chosen_logp", "rejected_logp", "gold_logp", "generated_logp",
-    "ref_chosen_logp", "ref_rejected_logp", "ref_gold_logp", "ref_generated_logp", "generated_logratio", "margin",
-    "win_prob", "shift", "kl", "label", "teacher_logp",
+    "ref_chosen_logp", "ref_rejected_logp", "ref_gold_logp", "ref_generated_logp", "generated_logratio", "sample_logratio",
+    "margin", "win_prob", "shift", "kl", "label", "teacher_logp",
 })
-"""What a row may read; all are ``[B]``."""
+"""What a row may read; all are ``[B]``. ``sample`` is the only sample of a row that holds one."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class PreferenceLoss:
     coupling: Literal["none", "update"] = "none"
     """``update``: the loss of a pair depends on all pairs of the update."""
     prepared: tuple[str, ...] = ()
-    """Statistics the objective must supply."""
+    """Statistics of the whole update that the objective must supply: ``shift``, ``kl``."""
     difference_only: bool = False
     """Depends on ``chosen - rejected`` only, so that the partition function cancels (f-divergences are allowed)."""
 
@@ -181,11 +182,19 @@ def nca(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.0
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
 
-@preference_loss("bco", aliases=("bco_pair",))
-def bco(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.1, reward_shift: float = 0.0) -> Tensor:
-    """``-log sigmoid(b u_w - d) - log sigmoid(-(b u_l - d))`` with a constant shift d. Jung et al. 2024, arXiv 2404.04656."""
+@preference_loss("bco_pair")
+def bco_pair(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float = 0.1, reward_shift: float = 0.0) -> Tensor:
+    """``-log sigmoid(b u_w - d) - log sigmoid(-(b u_l - d))`` with a constant d. Jung et al. 2024, arXiv 2404.04656."""
     _check(beta, chosen_logratio, rejected_logratio)
     return -logsigmoid(beta * chosen_logratio - reward_shift) - logsigmoid(reward_shift - beta * rejected_logratio)
+
+
+@preference_loss("bco", inputs=("chosen_logratio", "rejected_logratio", "shift"), prepared=("shift",))
+def bco(chosen_logratio: Tensor, rejected_logratio: Tensor, shift: Tensor, *, beta: float = 0.1) -> Tensor:
+    """:func:`bco_pair` with ``shift[B]`` = the running mean of all ``b u`` seen so far, detached; equation 11 of the paper."""
+    _check(beta, chosen_logratio, rejected_logratio)
+    d = shift.detach()
+    return -logsigmoid(beta * chosen_logratio - d) - logsigmoid(d - beta * rejected_logratio)
 
 
 @preference_loss("sppo_hard")
@@ -278,7 +287,7 @@ def alphapo(
     return simpo(chosen, rejected, beta=beta, gamma=gamma)
 
 
-@preference_loss("odds_ratio", logratio="mean", reference=False, aliases=("orpo",))
+@preference_loss("odds_ratio", logratio="mean", reference=False)
 def odds_ratio(chosen_logratio: Tensor, rejected_logratio: Tensor) -> Tensor:
     """``-log sigmoid(logit(exp A_w) - logit(exp A_l))``: ORPO's pair term; weigh it by lambda beside an nll term.
 
@@ -302,10 +311,37 @@ def bt_reward(
     return -logsigmoid(chosen_logp - rejected_logp - margin) + center_coef * (chosen_logp + rejected_logp).square()
 
 
+@preference_loss("bt_reward_margin", inputs=("chosen_logp", "rejected_logp", "margin"), reference=False)
+def bt_reward_margin(chosen_logp: Tensor, rejected_logp: Tensor, margin: Tensor, *, center_coef: float = 0.0) -> Tensor:
+    """:func:`bt_reward` with ``margin[B]`` from the data column of that name."""
+    return bt_reward(chosen_logp, rejected_logp, margin=margin, center_coef=center_coef)
+
+
 @preference_loss("linear", inputs=("generated_logratio",))
-def linear(generated_logratio: Tensor) -> Tensor:
-    """The log-ratio of the policy's own sample itself, to be given a weight (SELM's exploration term)."""
-    return generated_logratio
+def linear(generated_logratio: Tensor, *, floor: float | None = None) -> Tensor:
+    """The log-ratio of the policy's own sample itself, to be given a weight (SELM's exploration term).
+
+    Unbounded below; with ``floor = c`` a row whose log-ratio is under ``-c`` has no gradient. Raises ValueError for a
+    floor that is not positive.
+    """
+    if floor is None:
+        return generated_logratio
+    if floor <= 0:
+        raise ValueError(f"floor is {floor}; it must be positive")
+    return torch.where(generated_logratio < -floor, generated_logratio.detach(), generated_logratio)
+
+
+@preference_loss("poft", inputs=("sample_logratio", "teacher_logp"), logratio="mean", reference=False, difference_only=True)
+def poft(sample_logratio: Tensor, teacher_logp: Tensor, *, beta: float = 1.0, offset: float = 0.0) -> Tensor:
+    """``-log sigmoid(s (A - r) + g)``: :func:`sigmoid` of the mean log-prob A against other models' mean r of the same sample.
+
+    Its gradient is that of the mean negative log-likelihood times ``s sigmoid(s (r - A) - g)``: rows that the teachers
+    find unlikely count less. ``beta`` = s, ``offset`` = g. Fan et al. 2024, arXiv 2412.12865, equation 6. Raises
+    ValueError for a teacher score above 0 or not finite.
+    """
+    if not bool(torch.isfinite(teacher_logp).all()) or bool((teacher_logp > 0).any()):
+        raise ValueError("teacher_logp holds a value above 0 or not finite; mean log-probs of tokens are finite and <= 0")
+    return sigmoid(sample_logratio + offset / beta, teacher_logp.detach(), beta=beta)
 
 
 POINTWISE_LOSSES: Registry[Callable[..., Tensor]] = Registry("pointwise loss")
@@ -315,6 +351,19 @@ POINTWISE_LOSSES: Registry[Callable[..., Tensor]] = Registry("pointwise loss")
 def pointwise_loss(name: str, *, aliases: tuple[str, ...] = ()) -> Callable[[Function], Function]:
     """Register an unpaired preference loss."""
     return POINTWISE_LOSSES.register(name, aliases=aliases)
+
+
+def pointwise_row(name: str) -> PreferenceLoss:
+    """A point loss as a row like those of the pair table: it reads the only sample of a row, and ``label``."""
+    canonical = POINTWISE_LOSSES.canonical(name)
+    function = POINTWISE_LOSSES.get(name)
+    prepared = tuple(key for key in ("kl", "shift") if key in inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def on_sample(sample_logratio: Tensor, **rest: Any) -> Tensor:
+        return function(sample_logratio, **rest)
+
+    return PreferenceLoss(canonical, on_sample, ("sample_logratio", "label", *prepared), prepared=prepared)
 
 
 def _labels(logratio: Tensor, label: Tensor) -> Tensor:
@@ -382,7 +431,7 @@ def clipped_logratio(logp: Tensor, ref_logp: Tensor, *, eps: float) -> Tensor:
 
 TRL_LOSS_TYPES = {
     "sigmoid": "sigmoid", "sigmoid_norm": "sigmoid_len", "hinge": "hinge", "ipo": "ipo", "exo_pair": "exo", "nca_pair": "nca",
-    "robust": "robust", "bco_pair": "bco", "sppo_hard": "sppo_hard", "aot": "aot", "aot_unpaired": "aot_unpaired",
+    "robust": "robust", "bco_pair": "bco_pair", "sppo_hard": "sppo_hard", "aot": "aot", "aot_unpaired": "aot_unpaired",
     "apo_zero": "apo_zero", "apo_down": "apo_down", "discopop": "discopop", "sft": "nll",
 }
 """``loss_type`` of TRL's DPOConfig -> name here. ``sigmoid_norm`` is length-normalised there, so it is no alias of ours."""

@@ -132,13 +132,14 @@ def split_of(problem: str) -> str:
 
 def make_arithmetic(
     n: int, *, split: str = "train", seed: int = 0, levels: Sequence[int] = LEVELS,
-    form: Literal["messages", "text"] = "messages", worked: bool = False, pairs: bool = False,
+    form: Literal["messages", "text"] = "messages", worked: bool = False, pairs: bool = False, triples: bool = False,
 ) -> list[dict[str, Any]]:
     """``n`` rows ``id, prompt, completion, answer, level``, the levels in turn, no problem twice.
 
     ``form="messages"`` gives chat messages (one user message that ends with the instruction), ``"text"`` a prompt
     such as ``3 + 4 =`` with the completion `` 7``. ``worked`` puts the steps of levels 4 and 5 before the answer of
-    the completion. ``pairs`` adds ``chosen`` (right) and ``rejected`` (a near miss). ``answer`` is text. Raises
+    the completion. ``pairs`` adds ``chosen`` (right) and ``rejected`` (a near miss); ``triples`` also adds ``gold``, the
+    right answer in a sentence. ``answer`` is text. Raises
     DataError for unknown levels or splits, or when fewer than ``n`` problems exist (a used-up level is skipped).
     """
     if split not in ("train", "test"):
@@ -158,11 +159,18 @@ def make_arithmetic(
             if problem is None:
                 del streams[level]
             elif len(rows) < n:
-                rows.append(_row(problem, level, split, len(rows), seed, form, worked, pairs))
+                rows.append(_row(problem, level, split, len(rows), seed, form, worked, pairs or triples))
+                if triples:
+                    rows[-1]["gold"] = _in_a_sentence(rows[-1]["chosen"], problem)
     if len(rows) < n:
         raise DataError(f"arithmetic: levels {list(levels)} have {len(rows)} {split} problems, not {n}; ask for fewer "
                         f"rows or more levels")
     return rows
+
+
+def _in_a_sentence(completion: Any, problem: Problem) -> Any:
+    sentence = f"The answer is {problem.answer}."
+    return f" {sentence}" if isinstance(completion, str) else [{"role": "assistant", "content": sentence}]
 
 
 def _stream(level: int, split: str, seed: int) -> Iterator[Problem]:

@@ -153,11 +153,23 @@ def _shapes(n: int | None, *, split: str, seed: int, size: int = 32, pairs: bool
 def _arithmetic(
     n: int | None, *, split: str, seed: int, levels: list[int] | None = None,
     form: Literal["messages", "text"] = "messages", worked: bool = False, pairs: bool = False,
+    triples: bool = False,
 ) -> list[dict[str, Any]]:
     from mmalign.data.arithmetic import LEVELS, make_arithmetic
 
     return make_arithmetic(512 if n is None else n, split=split, seed=seed, levels=LEVELS if levels is None else levels,
-                           form=form, worked=worked, pairs=pairs)
+                           form=form, worked=worked, pairs=pairs, triples=triples)
+
+
+@asset("languages", kind="data", description="one story in four languages of very different sizes, parallel sentences",
+       size="built")
+def _languages(
+    n: int | None, *, split: str, seed: int, sizes: dict[str, int] | None = None,
+    form: Literal["text", "messages"] = "text", pairs: bool = False,
+) -> list[dict[str, Any]]:
+    from mmalign.data.languages import make_languages
+
+    return make_languages(n, split=split, seed=seed, sizes=sizes, form=form, pairs=pairs)
 
 
 @asset("digits", kind="data", description="1797 hand-written digits with their class (needs scikit-learn)",

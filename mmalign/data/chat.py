@@ -27,7 +27,7 @@ from mmalign.data.encoding import (
 )
 from mmalign.data.progress import track
 from mmalign.data.turns import pre_query_prefix, render_chat
-from mmalign.errors import DataError
+from mmalign.errors import DataError, NoRowsLeftError
 
 if TYPE_CHECKING:
     import datasets
@@ -69,7 +69,7 @@ def encode_dataset(
     else:
         encoded, dropped = _encode_list(examples, encoder, fields, consumed)
     if not len(encoded):
-        raise DataError(_nothing_left(examples, encoder, fields, dropped))
+        raise NoRowsLeftError(_nothing_left(examples, encoder, fields, dropped))
     report = PreparationReport(
         rows=len(examples), kept=len(encoded), dropped=dict(dropped),
         truncated=sum(bool(flag) for flag in _column(encoded, "truncated")),

@@ -31,6 +31,7 @@ NO_TRAINABLE_TOKEN = "no token to train on"
 PROMPT_TOO_LONG = "the prompt alone reaches max_length"
 TOO_LONG = "longer than max_length"
 IDENTICAL = "chosen and rejected are identical"
+GOLD_IS_REJECTED = "gold and rejected are identical"
 
 
 class TextEncoding(Options):
@@ -134,6 +135,8 @@ class TextEncoder:
             return Dropped(TOO_LONG)
         if {"chosen", "rejected"} <= set(samples) and result["chosen_input_ids"] == result["rejected_input_ids"]:
             return Dropped(IDENTICAL)
+        if {"gold", "rejected"} <= set(samples) and result["gold_input_ids"] == result["rejected_input_ids"]:
+            return Dropped(GOLD_IS_REJECTED)
         return {**result, "truncated": truncated}
 
     def samples(self, example: Mapping[str, Any], fields: Sequence[str] = ()) -> dict[str, _Encoded] | Dropped:

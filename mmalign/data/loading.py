@@ -45,6 +45,8 @@ class DataOptions(Options):
     """Rows to take; null takes all (assets that are made on the spot: their own default)."""
     shuffle: bool = False
     """Take a random subset for ``limit`` rather than the first rows; the order depends on the run's seed alone."""
+    part: str | None = None
+    """``2/4``: the second of four equal runs of rows, of those that ``limit`` and ``shuffle`` leave; null takes all."""
     columns: dict[str, str | None] = {}
     """Column names: ``theirs: ours``; ``theirs: null`` leaves a column out."""
     arguments: dict[str, Any] = {}
@@ -56,6 +58,8 @@ class DataOptions(Options):
             raise ValueError("path is empty")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1 row (or null), not {self.limit}")
+        if self.part is not None:
+            part_range(self.part, 0)
         if self.arguments and not is_asset(self.path):
             raise ValueError("arguments belong to assets (path: asset:NAME)")
 
@@ -68,10 +72,24 @@ def load_rows(options: DataOptions, seed: int = 0, *, key: str = "data") -> data
     missing, a mapped column does not exist, ids repeat, or there are no rows.
     """
     try:
-        return _load(options, seed)
+        rows = _load(options, seed)
+        if options.part is None:
+            return rows
+        kept = part_range(options.part, len(rows))
+        check_rows(len(kept), source=f"data.part: {options.part} of {len(rows)} rows")
+        return rows[kept.start:kept.stop] if isinstance(rows, list) else rows.select(kept)
     except (AssetError, DataError) as error:
-        message = re.sub(r"\bdata\.(?=(?:path|split|name|limit|columns|arguments)\b)", f"{key}.", str(error))
+        message = re.sub(r"\bdata\.(?=(?:path|split|name|limit|part|columns|arguments)\b)", f"{key}.", str(error))
         raise type(error)(message) from error.__cause__
+
+
+def part_range(part: str, rows: int) -> range:
+    """The rows of ``"k/n"``, the k-th of n consecutive parts whose sizes differ by one at most; raises ValueError."""
+    match = re.fullmatch(r"(\d+)/(\d+)", part.strip())
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"part must be written k/n with 1 <= k <= n, such as 1/3, not {part!r}")
+    number, parts = int(match[1]), int(match[2])
+    return range(rows * (number - 1) // parts, rows * number // parts)
 
 
 def _load(options: DataOptions, seed: int) -> datasets.Dataset | list[dict[str, Any]]:

@@ -104,8 +104,10 @@ def assistant_spans(
             turn = _search_turn(text, message["content"], index, max(cursor, start or 0), start, end_of_turn)
         inserted = _EMPTY_THOUGHT.match(text, turn.start, turn.stop)
         if inserted and "<think>" not in message["content"]:
-            # An empty thought that the template wrote is no choice of the assistant.
-            turn = replace(turn, start=inserted.end())
+            # An empty thought that the template wrote is no choice of the assistant; white space that begins its words is.
+            content = message["content"]
+            own = inserted.end() - (len(content) - len(content.lstrip()))
+            turn = replace(turn, start=own if text.startswith(content, own) else inserted.end())
         turns.append(turn)
         cursor = turn.stop
     if turns:

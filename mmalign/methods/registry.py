@@ -18,6 +18,19 @@ BuilderT = TypeVar("BuilderT", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
+class Pipeline:
+    """What a method of ``kind: pipeline`` stands for: entries as one would write them under ``stages:``.
+
+    ``${stages.INNER.OUTPUT}`` inside an entry means a stage of the same pipeline. In a run the stages are called
+    ``METHOD-INNER``, or ``INNER`` when the whole run is the method.
+    """
+
+    stages: list[dict[str, Any]]
+    outputs: dict[str, str]
+    """Outputs of the method as a whole, each as ``INNER.OUTPUT``; ``model`` by convention is the final model."""
+
+
+@dataclass(frozen=True)
 class Method:
     """A registered method."""
 
@@ -25,7 +38,8 @@ class Method:
     options: type[Options]
     """Configuration class: every option with its docstring."""
     build: Callable[..., Any]
-    """``(options, context) -> TrainingParts`` for ``kind: train``; a stage function otherwise."""
+    """``(options, context) -> TrainingParts`` for ``kind: train``; ``(options) -> Pipeline`` for ``kind: pipeline``; a
+    stage function ``(options, context) -> StageResult`` otherwise."""
     modality: str
     kind: str
     paper: str

@@ -33,6 +33,7 @@ from mmalign.training.experience import AdvantageFunction, BatchShape, Experienc
 from mmalign.training.loop import Hooks, Loop, LoopOptions, LoopResult, make_accelerator
 from mmalign.training.objective import LossTerm, Objective, TrainState
 from mmalign.training.options import TrainOptions
+from mmalign.training.rollout_advantages import GAE
 from mmalign.training.tracking import PhaseTimer
 from mmalign.training.tuning.base import Tuning, make_tuning, trainable_report
 
@@ -70,11 +71,14 @@ class BuildContext:
     base_hash: str = ""
     """Identity of the last policy loaded, before the tuning mode changed it."""
 
-    def policy(self, options: ModelOptions, *, encoding: TextEncoding | None = None, **settings: Any) -> Policy:
-        """Load a policy on the accelerator's device and apply the tuning mode."""
+    def policy(
+        self, options: ModelOptions, *, encoding: TextEncoding | None = None, load: Callable[..., Policy] = load_policy,
+        **settings: Any,
+    ) -> Policy:
+        """Load a policy (with ``load``) on the accelerator's device and apply the tuning mode."""
         if options.device is None:
             options = options.model_copy(update={"device": str(self.accelerator.device)})
-        policy = load_policy(options, encoding=encoding, **settings)
+        policy = load(options, encoding=encoding, **settings)
         self.base_hash = policy.identity()
         self.tuning.apply(policy, seed=self.seed)
         report = trainable_report(policy.module)
@@ -89,7 +93,13 @@ class BuildContext:
 
     def prepared(self, policy: Policy, options: DataOptions, *, fields: tuple[str, ...] = ()) -> Sequence[Mapping[str, Any]]:
         """Load and prepare data rows, and say what was dropped."""
-        examples, report = policy.prepare_dataset(self.rows(options), fields=fields)
+        return self.prepare(policy, self.rows(options), fields=fields)
+
+    def prepare(
+        self, policy: Policy, rows: Sequence[Mapping[str, Any]], *, fields: tuple[str, ...] = (),
+    ) -> Sequence[Mapping[str, Any]]:
+        """Prepare rows that are loaded already, and say what was dropped."""
+        examples, report = policy.prepare_dataset(rows, fields=fields)
         self.say(describe(report))
         return examples
 
@@ -147,16 +157,23 @@ def loss_terms(
     return terms
 
 
-def advantage_function(options: Any, *, key: str = "advantage") -> tuple[AdvantageFunction, PromptStatistics | None]:
+def advantage_function(
+    options: Any, *, key: str = "advantage",
+) -> tuple[AdvantageFunction | GAE, PromptStatistics | None]:
     """``(rollout, total rewards) -> advantages`` of a configuration node, and its statistics when it keeps any."""
     statistics: PromptStatistics | None = None
+    if options.name == "gae":
+        try:
+            return GAE(**bind(options, GAE, key=key, ignore=("clip",)), clip=options.clip), None
+        except ValueError as error:
+            raise ConfigError(f"{key}.{error}") from None
     if options.name == "prompt_statistics":
         statistics = PromptStatistics(**bind(options, PromptStatistics, key=key))
     else:
         try:
             function = ADVANTAGES.get(options.name)
         except ValueError as error:
-            raise ConfigError(f"{key}.name: {error}; or prompt_statistics") from None
+            raise ConfigError(f"{key}.name: {error}; or prompt_statistics, gae") from None
         arguments = bind(options, function, key=key)
     limit = math.inf if options.clip is None else options.clip
 

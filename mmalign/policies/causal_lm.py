@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmalign.core.logprobs import ActionScores
 from mmalign.data.chat import IGNORED, PreparationReport, TextEncoder, TextEncoding, decode_completion, encode_dataset
 from mmalign.data.packing import PAIRS_PER_TOKEN, LayoutMode, TokenLayout, choose_layout, scored_rows
+from mmalign.data.preference import rotate_completions
 from mmalign.data.rows import Rows
 from mmalign.errors import ConfigError, DataError
 from mmalign.policies.base import Draw, Rollout, TextSampling
@@ -171,6 +172,10 @@ class CausalLMPolicy:
         if len(rows) and not any(name.endswith("input_ids") for name in rows):
             raise DataError(f"rows hold no token ids (columns: {', '.join(rows)}); encode them with prepare_dataset first")
         return rows
+
+    def mismatched_rows(self, rows: Rows) -> Rows:
+        """Every prompt with the completion of another row, for KTO's offset."""
+        return rotate_completions(rows, max_length=self.encoder.max_length)
 
     # -- scoring ---------------------------------------------------------------------------------------------------
 

@@ -2,12 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import DataError
 from mmalign.policies.base import Rollout
+from mmalign.training.checkpoint import atomic_folder
+from mmalign.training.tracking import ProgressBar
+
+if TYPE_CHECKING:
+    from mmalign.stages import StageContext
+
+ROWS_PER_CHUNK = 1024
+"""Rows read, worked on and written together by stages that do not sample; a killed stage resumes at a whole chunk."""
+
+Chunk = tuple[list[dict[str, Any]], dict[str, float]]
+"""Rows that a chunk became, and numbers that are summed over chunks."""
+
+
+def write_in_chunks(
+    context: StageContext, rows: Sequence[Mapping[str, Any]], make: Callable[[list[dict[str, Any]], range], Chunk], *,
+    size: int = ROWS_PER_CHUNK,
+) -> tuple[Path, dict[str, float]]:
+    """Turn ``rows`` into a data set on disk, ``size`` rows in memory at a time; chunks already written are kept.
+
+    ``make`` gets the rows of a chunk and their positions. Returns the folder of the data set and the summed numbers, with
+    ``rows`` among them. Raises DataError when no row is left.
+    """
+    data, parts = context.folder / "data", context.folder / "parts"
+    chunks = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+    with ProgressBar(context.name, len(chunks), quiet=context.quiet) as bar:
+        for number, chunk in enumerate(chunks):
+            target = parts / f"{number:06d}"
+            if not target.exists():
+                records, numbers = make([dict(rows[i]) for i in chunk], chunk)
+                with atomic_folder(target) as folder:
+                    (folder / "numbers.json").write_text(json.dumps({**numbers, "rows": len(records)}), encoding="utf-8")
+                    if records:
+                        save_records(records, folder / "data")
+            bar.update(number + 1, {})
+    totals: dict[str, float] = {}
+    folders = [parts / f"{number:06d}" for number in range(len(chunks))]
+    for folder in folders:
+        for name, value in json.loads((folder / "numbers.json").read_text(encoding="utf-8")).items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    filled = [folder / "data" for folder in folders if (folder / "data").exists()]
+    if not filled:
+        raise DataError(f"stage {context.name}: no row is left of the {len(rows)} that data.path gave")
+    _join(filled, data)
+    shutil.rmtree(parts, ignore_errors=True)
+    return data, totals
+
+
+def _join(folders: Sequence[Path], target: Path) -> None:
+    from datasets import concatenate_datasets, load_from_disk
+
+    joined = concatenate_datasets([load_from_disk(str(folder)) for folder in folders])
+    with atomic_folder(target) as folder:
+        joined.save_to_disk(str(folder))
+
 
 
 def sample_records(rollout: Rollout, examples: Sequence[Mapping[str, Any]], *, first_group: int = 0) -> list[dict[str, Any]]:

@@ -124,6 +124,14 @@ class TrainState:
             self.generator(name).set_state(value)
 
 
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """``values`` summed over all processes; themselves in a single one. Not differentiable."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        values = values.clone()
+        torch.distributed.all_reduce(values)
+    return values
+
+
 class Objective(Protocol):
     """What to minimise over an update; see :class:`Supervised` for the shortest instance."""
 

@@ -215,6 +215,13 @@ text = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FF, exclude_char
     lambda words: words.strip())
 
 
+@pytest.mark.parametrize("answer", [" 4", "\x854", "4"])
+def test_white_space_that_begins_an_answer_is_learned_after_a_thought_the_template_wrote(answer):
+    template, end = STYLES["drops reasoning"]
+    talk = [user("How many?"), assistant(answer)]
+    assert learned({"messages": talk}, tokenizer_with(template, end=end)) == [f"{answer}{end}"]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(text, text), min_size=1, max_size=4), st.sampled_from(["chatml", "marked", "drops reasoning"]))
 def test_any_conversation_teaches_exactly_its_answers(turns, style):

@@ -18,13 +18,12 @@ from trl_peers import (
     tokenizer,
 )
 
-from mmalign.core.divergence import f_divergence_score
-from mmalign.core.logprobs import paired_head_length, sequence_log_prob
-from mmalign.core.preference import POINTWISE_LOSSES, PREFERENCE_LOSSES, TRL_LOSS_TYPES, wpo_weights
+from mmalign.core.preference import PREFERENCE_LOSSES, TRL_LOSS_TYPES
 from mmalign.data.rows import Rows
+from mmalign.methods.preference import COMPOSITE_LOSSES
 from mmalign.policies.reference import make_reference
 from mmalign.training.objective import LossTerm, TrainState, UpdateBatch
-from mmalign.training.preference import Preference
+from mmalign.training.preference import PairOptions, Preference
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.peer
@@ -67,12 +66,12 @@ def their_loss(trainer, loss_types, weights=None, **options):
     return trainer.compute_loss(trainer.model, batch)
 
 
-def our_objective(folder, losses, rows, *, layout="auto"):
+def our_objective(folder, losses, rows, *, layout="auto", **pairs):
     """Our objective and rows: the policy moved away from the reference, which keeps the weights of the folder."""
     conversation = not isinstance(rows[0]["prompt"], str)
     policy = load_policy(folder, noise=NOISE, layout=layout, train_on_separator=conversation)
     reference = make_reference(policy, scorer=load_policy(folder, layout=layout))
-    return policy, Preference(policy, losses, reference=reference), encoded(policy, rows, FIELDS)
+    return policy, Preference(policy, losses, reference=reference, pairs=PairOptions(**pairs)), encoded(policy, rows, FIELDS)
 
 
 @pytest.mark.parametrize("name", sorted(set(TRL_LOSS_TYPES) - {"sft"}))
@@ -82,8 +81,9 @@ def test_every_loss_type_of_trl(trainer, model_folder, rows, name):
     _, objective, ours = our_objective(model_folder, [LossTerm(TRL_LOSS_TYPES[name], {"beta": BETA, **options})], rows)
     value = our_loss(objective, ours)
     assert_close(value, theirs)
-    assert float(value.detach()) != pytest.approx(float(PREFERENCE_LOSSES.get(TRL_LOSS_TYPES[name]).function(
-        *(torch.zeros(1) for _ in PREFERENCE_LOSSES.get(TRL_LOSS_TYPES[name]).inputs), beta=BETA, **options)), rel=1e-4)
+    row = PREFERENCE_LOSSES.get(TRL_LOSS_TYPES[name])
+    untrained = float(row.function(*(torch.zeros(1) for _ in row.inputs), beta=BETA, **options))
+    assert float(value.detach()) != pytest.approx(untrained, rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
@@ -116,23 +116,15 @@ def test_micro_batches_give_the_gradient_of_the_whole_update(trainer, model_fold
 
 def test_weights_of_wpo(trainer, model_folder, rows):
     theirs = their_loss(trainer, ["sigmoid"], use_weighting=True)
-    policy, objective, ours = our_objective(model_folder, [LossTerm("sigmoid", {"beta": BETA})], rows)
-    terms, _ = objective.loss(UpdateBatch({"train": ours}), {}, TrainState(0, 1))
-    weights = [wpo_weights(policy.log_probs(ours.field(field), want=("sum_p2",))) for field in FIELDS]
-    assert_close((terms[0].values * weights[0] * weights[1]).mean(), theirs)
+    _, objective, ours = our_objective(model_folder, [LossTerm("sigmoid", {"beta": BETA})], rows, weights="wpo")
+    assert_close(our_loss(objective, ours), theirs)
 
 
 @pytest.mark.parametrize("tail", [0.0, 0.4])
 def test_length_desensitised_log_probs(trainer, model_folder, rows, tail):
     theirs = their_loss(trainer, ["sigmoid"], ld_alpha=tail)
-    policy, objective, ours = our_objective(model_folder, [LossTerm("sigmoid", {"beta": BETA})], rows)
-    heads = paired_head_length(*(policy.action_mask(ours.field(field)) for field in FIELDS))
-    ratios = []
-    for field in FIELDS:
-        current, base = (scorer.log_probs(ours.field(field)) for scorer in (policy, objective.reference))
-        ratios.append(sequence_log_prob(current.logp, current.mask, tail_weight=tail, head_length=heads)[0]
-                      - sequence_log_prob(base.logp, base.mask, tail_weight=tail, head_length=heads)[0])
-    assert_close(PREFERENCE_LOSSES.get("sigmoid").function(*ratios, beta=BETA).mean(), theirs)
+    _, objective, ours = our_objective(model_folder, [LossTerm("sigmoid", {"beta": BETA})], rows, tail_weight=tail)
+    assert_close(our_loss(objective, ours), theirs)
 
 
 @pytest.mark.parametrize(("theirs_kind", "kind"), [
@@ -141,12 +133,9 @@ def test_length_desensitised_log_probs(trainer, model_folder, rows, tail):
 def test_other_divergences_than_the_reverse(trainer, model_folder, rows, theirs_kind, kind):
     trainer.f_alpha_divergence_coef = 0.4
     theirs = their_loss(trainer, ["sigmoid"], f_divergence=theirs_kind)
-    policy, objective, ours = our_objective(model_folder, [LossTerm("sigmoid", {"beta": BETA})], rows)
-    scores = []
-    for field in FIELDS:
-        current, base = (scorer.log_probs(ours.field(field)).sequence()[0] for scorer in (policy, objective.reference))
-        scores.append(f_divergence_score(current - base, kind=kind, alpha=0.4))
-    assert_close(PREFERENCE_LOSSES.get("sigmoid").function(*scores, beta=BETA).mean(), theirs)
+    _, objective, ours = our_objective(
+        model_folder, [LossTerm("sigmoid", {"beta": BETA})], rows, divergence=kind, divergence_alpha=0.4)
+    assert_close(our_loss(objective, ours), theirs)
 
 
 # -- without a reference: CPO, SimPO, AlphaPO, ORPO ---------------------------------------------------------------------
@@ -223,20 +212,32 @@ def test_unpaired_losses(model_folder, tmp_path, name):
     trainer.model.train()
     theirs = trainer.compute_loss(trainer.model, batch)
 
-    policy, reference = load_policy(model_folder, noise=NOISE), load_policy(model_folder)
-    plain = encoded(policy, rows)
-    label = torch.tensor([row["label"] for row in rows])
-
-    def logratio(samples):
-        return policy.log_probs(samples).sequence()[0] - reference.log_probs(samples).sequence()[0]
-
+    policy = load_policy(model_folder, noise=NOISE)
+    weights = {"desirable_weight": 1.3, "undesirable_weight": 0.9} if name == "kto" else {}
+    objective = Preference(policy, [LossTerm(name, {"beta": BETA, **weights})], unpaired=True, rows_per_forward=3,
+                           reference=make_reference(policy, scorer=load_policy(model_folder)),
+                           pairs=PairOptions(weights="none" if weights else "column"))
+    ours = encoded(policy, rows).with_columns(label=[row["label"] for row in rows],
+                                              weight=[1.3 if row["label"] else 0.9 for row in rows])
+    assert_close(our_loss(objective, ours, micro_batches=2), theirs)
     if name == "kto":
-        # The offset: mean log-ratio of prompts with the completion of the row before, clamped at 0 by the loss.
-        mismatched = [{"prompt": row["prompt"], "completion": rows[i - 1]["completion"]} for i, row in enumerate(rows)]
-        kl = logratio(encoded(policy, mismatched)).mean()
-        values = POINTWISE_LOSSES.get(name)(
-            logratio(plain), label, kl=kl, beta=BETA, desirable_weight=1.3, undesirable_weight=0.9)
-    else:
-        values = POINTWISE_LOSSES.get(name)(logratio(plain), label, beta=BETA)
-        values = values * torch.where(label, 1.3, 0.9)
-    assert_close(values.mean(), theirs)
+        assert objective.prepare(UpdateBatch({"train": ours}), TrainState(0, 1))["kl/kto"] > 0  # else its test is empty
+
+
+def test_triples(model_folder, tmp_path):
+    """TPO and TPO-L of TRL's experimental trainer: a reference-free pair term plus the likelihood of a third sample."""
+    module = pytest.importorskip("trl.experimental.tpo")
+    rows = [{**row, "reference": row["chosen"] + " indeed"} for row in PAIRS]
+    config = module.TPOConfig(**arguments(tmp_path, len(rows)), max_length=256, beta=BETA, tpo_alpha=0.6)
+    trainer = module.TPOTrainer(load_model(model_folder), args=config, train_dataset=dataset(rows),
+                                processing_class=tokenizer(model_folder))
+    batch = in_order(trainer)
+    policy = load_policy(model_folder)
+    encoded_rows = encoded(policy, [{**row, "gold": row["reference"]} for row in rows], ("chosen", "rejected", "gold"))
+    for name, options in (("sigmoid", {}), ("tpo-l", {"gamma": 0.4})):
+        trainer.loss_type, trainer.tpo_l_gamma = name, options.get("gamma", 0.0)
+        theirs = trainer.compute_loss(trainer.model, batch)
+        entries = COMPOSITE_LOSSES.get("tpo_l" if options else "tpo")(beta=BETA, alpha=0.6, **options)
+        terms = [LossTerm(entry.pop("name"), {k: v for k, v in entry.items() if k in ("beta", "gamma")},
+                          entry.get("weight", 1.0), on=entry.get("on")) for entry in entries]
+        assert_close(our_loss(Preference(policy, terms), encoded_rows), theirs)

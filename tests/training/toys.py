@@ -51,7 +51,7 @@ class BanditPolicy:
         mask = self.action_mask(rows)
         choices = torch.zeros(mask.shape, dtype=torch.long)
         for i, choice in enumerate(rows["choice"]):
-            choices[i, : len(choice)] = choice
+            choices[i, : len(choice)] = torch.as_tensor(choice)
         logp = table[rows["context"]].gather(1, choices) * mask
         return ActionScores(logp=logp, mask=mask)
 
