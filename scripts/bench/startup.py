@@ -19,7 +19,7 @@ COMMANDS: dict[str, tuple[list[str], float | None]] = {
     "import mmalign": (["-c", "import mmalign"], 0.3),
     "mmalign: everything a DPO run imports": (["-c", "import text_llm; text_llm.register(); import mmalign.training.loop, "
                                                "mmalign.policies.causal_lm, peft, datasets, accelerate"], None),
-    "python -m trl.cli --help": (["-m", "trl.cli", "--help"], None),
+    "trl --help": (["-c", "import sys; sys.argv = ['trl', '--help']; from trl.cli import main; main()"], None),
     "import trl": (["-c", "import trl"], None),
     "from trl import DPOTrainer": (["-c", "from trl import DPOTrainer"], None),
     "python -c pass": (["-c", "pass"], None),
