@@ -84,8 +84,10 @@ def methods_page() -> str:
     """The tables of methods, losses, advantages, rewards, tuning modes and assets."""
     from mmalign.core.advantages import ADVANTAGES, PromptStatistics
     from mmalign.core.policy_gradient import POLICY_LOSSES
+    from mmalign.core.preference import POINTWISE_LOSSES
     from mmalign.core.reduce import REDUCTIONS
     from mmalign.core.supervised import SUPERVISED_LOSSES
+    from mmalign.methods.preference import COMPOSITE_LOSSES
     from mmalign.training.tuning import TUNINGS
 
     parts = [NOTE, "# Methods\n", table(("method", "modality", "what it does", "paper"), _method_rows())]
@@ -93,6 +95,10 @@ def methods_page() -> str:
     parts += ["\n## Supervised losses\n", "Entries of `losses:`; `[B, A]`, one value per action.\n"]
     parts += [_functions(SUPERVISED_LOSSES)]
     parts += ["\n## Preference losses\n", PREFERENCE_NOTE, _preference_table()]
+    parts += ["\n### Composites\n", "Published losses that are weighted lists of others; each is one entry of `losses:`.\n",
+              _functions(COMPOSITE_LOSSES)]
+    parts += ["\n### Unpaired losses\n", "Entries of `losses:` of methods that learn from single labelled samples.\n",
+              _functions(POINTWISE_LOSSES)]
     parts += ["\n## Policy losses\n", "`loss:` of the policy-gradient methods.\n", _functions(POLICY_LOSSES)]
     parts += ["\n## Reductions\n", "How losses become one number. Every denominator counts the whole update on all processes.\n",
               table(("name", "within a row", "divided by"), [_reduction_row(REDUCTIONS, name) for name in REDUCTIONS])]

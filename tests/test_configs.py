@@ -20,6 +20,8 @@ STAND_INS = {
     "reward_model": ["data={path: asset:arithmetic, limit: 8, arguments: {pairs: true}}"],
     "ranking_model": ["data={path: asset:arithmetic, limit: 8, arguments: {pairs: true}}"],
     "grpo": ["data={path: asset:arithmetic, limit: 8}"],
+    "ppo": ["data={path: asset:arithmetic, limit: 8}", "rewards=[{name: answer_match}]", "value={kind: separate}",
+            "reference={kind: soup, checkpoints: [asset:tiny_llama, asset:tiny_llama]}"],
     "diffusion_sft": ["data={path: asset:shapes, limit: 8}"],
     "diffusion_dpo": ["data={path: asset:shapes, limit: 8, arguments: {pairs: true}}"],
     "ddpo": ["data={path: asset:shapes, limit: 8}"],
@@ -29,6 +31,7 @@ STAND_INS = {
 ROW = {
     "prompt": "What is 3 + 4?", "completion": " 7", "answer": "7", "chosen": " 7", "rejected": " 8", "gold": " It is 7.",
     "generated": " 9", "label": True, "margin": 0.5, "teacher_logp": -1.5,
+    "language": "english",
 }
 """A row with every column that some text method reads."""
 

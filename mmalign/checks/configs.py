@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -113,22 +114,21 @@ class StageCheck:
 
     def _losses(self, options: TrainOptions) -> None:
         from mmalign.core.policy_gradient import POLICY_LOSSES
-        from mmalign.core.preference import PREFERENCE_LOSSES
         from mmalign.core.supervised import SUPERVISED_LOSSES
         from mmalign.methods.policy_gradient import PolicyGradientOptions
-        from mmalign.methods.preference import PreferenceOptions
+        from mmalign.methods.preference import PreferenceOptions, UnpairedOptions, preference_terms
         from mmalign.methods.training import advantage_function, loss_terms
 
-        losses = getattr(options, "losses", None)
+        losses, key = getattr(options, "losses", None), f"{self.prefix}losses"
         if isinstance(losses, list):
-            pairs = [PREFERENCE_LOSSES] if isinstance(options, PreferenceOptions) else []
-            terms = loss_terms(losses, [*pairs, SUPERVISED_LOSSES], key=f"{self.prefix}losses")
+            terms = preference_terms(options, key=key) if isinstance(options, (PreferenceOptions, UnpairedOptions)) else \
+                loss_terms(losses, [SUPERVISED_LOSSES], key=key)
             self.findings.ok(f"{self.prefix}losses: {' + '.join(f'{term.weight:g} {term.name}' for term in terms)}")
         if isinstance(options, PolicyGradientOptions):
             name = _known(POLICY_LOSSES.canonical, options.loss.name, f"{self.prefix}loss.name")
             bind(options.loss, POLICY_LOSSES.get(name), key=f"{self.prefix}loss", ignore=("mask",))
             advantage_function(options.advantage, key=f"{self.prefix}advantage")
-            kl = f", KL {options.kl.coef:g} ({options.kl.estimator}, {options.kl.placement})" if options.kl.coef else ", no KL"
+            kl = f", KL {options.kl.coef:g} ({options.kl.kind}, {options.kl.placement})" if options.kl.coef else ", no KL"
             self.findings.ok(f"{self.prefix}loss: {name}, advantage {options.advantage.name}{kl}")
 
     def _model(self) -> str | None:
@@ -176,7 +176,7 @@ class StageCheck:
             return
         uses = possible_uses(rows)
         images = self.method.modality == "diffusion" and not self.method.rollout
-        wanted = "prompts" if self.method.rollout else "pairs" if self._fields() else "samples"
+        wanted = "prompts" if self.method.rollout else "pairs" if self._fields(rows) else "samples"
         if any(use.kind == wanted and use.images == images for use in uses):
             self.findings.ok(f"{self.prefix}data: the columns serve {self.method.name}")
         elif self.method.modality in ("text", "diffusion"):
@@ -184,10 +184,22 @@ class StageCheck:
             self.findings.fail(f"{self.prefix}data: {self.method.name} needs {NEEDED[wanted, images]}; these columns "
                                f"({', '.join(rows[0])}) serve {offer}. Map names with data.columns: {{theirs: ours}}")
 
-    def _fields(self) -> tuple[str, ...]:
-        from mmalign.methods.preference import PreferenceOptions
+    def _fields(self, rows: list[dict[str, Any]]) -> tuple[str, ...]:
+        """The samples of a row that the method reads; () for the only one."""
+        from mmalign.methods.preference import PreferenceOptions, UnpairedOptions, preference_terms
+        from mmalign.training.preference import SAMPLE, sample_fields
 
-        return ("chosen", "rejected") if isinstance(self.options, PreferenceOptions) else ()
+        declared: tuple[str, ...] = getattr(type(self.options), "pair_fields", ())
+        if declared:
+            return declared
+        if isinstance(self.options, PreferenceOptions):
+            with contextlib.suppress(ConfigError):  # reported with the losses
+                fields = sample_fields(preference_terms(self.options), unpaired=False)
+                return tuple(field for field in fields if field != SAMPLE)
+            return ("chosen", "rejected")
+        if isinstance(self.options, UnpairedOptions) and "label" not in rows[0]:
+            return ("chosen", "rejected")  # pairs are taken apart
+        return ()
 
     def _encoding(self, rows: list[dict[str, Any]]) -> None:
         """Masks and truncation of the first rows with the model's own tokenizer."""
@@ -200,14 +212,15 @@ class StageCheck:
                 if "prompt" in rows[0]:
                     check_prompts(rows, tokenizer, self.findings, encoding)
             else:
-                check_encoding(rows, tokenizer, encoding, self._fields(), self.findings, what=f"{self.prefix}encoding")
+                check_encoding(rows, tokenizer, encoding, self._fields(rows), self.findings, what=f"{self.prefix}encoding")
 
     def _pictures(self, rows: list[dict[str, Any]]) -> None:
         """The first pictures, and captions that the model's text encoder would cut."""
         model = getattr(self.options, "model", None)
         assert isinstance(model, ModelOptions)
         with self.findings.guard(f"{self.prefix}data"):
-            check_pictures(rows, self._fields(), Path(resolve_model_path(model.path)), self.findings, what=f"{self.prefix}data")
+            folder = Path(resolve_model_path(model.path))
+            check_pictures(rows, self._fields(rows), folder, self.findings, what=f"{self.prefix}data")
 
     def _rewards(self, name: str, rewards: Any, rows: list[dict[str, Any]]) -> None:
         for index, option in enumerate(rewards or []):

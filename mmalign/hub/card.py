@@ -65,6 +65,8 @@ class CardFacts:
     absent: list[str] = field(default_factory=list)
     """Parts a pipeline was exported without, which its class asks for."""
     warnings: list[str] = field(default_factory=list)
+    parents: list[str] = field(default_factory=list)
+    """Models that a merged model was made from, the base first."""
 
 
 def gather_facts(source: Source, kind: str, *, repo_id: str | None = None) -> CardFacts:
@@ -78,6 +80,7 @@ def gather_facts(source: Source, kind: str, *, repo_id: str | None = None) -> Ca
         record.get("method") or manifest.get("kind"), record.get("paper"), record.get("modality"), config, manifest=manifest,
         repo_id=repo_id, warnings=list(source.warnings),
     )
+    facts.parents = [str(parent["model"]) for parent in record.get("parents") or []]
     facts.paper = facts.paper or _paper(facts.method)
     facts.datasets = _datasets(config)
     facts.rewards = [_reward_line(item) for item in config.get("rewards") or record.get("rewards") or []]
@@ -189,8 +192,10 @@ def card_data(facts: CardFacts) -> Any:
         EvalResult(task_type=pipeline, dataset_type="custom", dataset_name=data, metric_type=m.name, metric_value=m.after)
         for m in facts.measures
     ]
+    base: str | list[str] | None = [name for name in facts.parents if hub_id(name)] or facts.base_id
+    relation = "merge" if facts.parents else _RELATIONS[facts.kind]
     return ModelCardData(
-        base_model=facts.base_id, base_model_relation=_RELATIONS[facts.kind] if facts.base_id else None,
+        base_model=base, base_model_relation=relation if base else None,
         datasets=[d for d in facts.datasets if hub_id(d) and "/" in d] or None, library_name=library, pipeline_tag=pipeline,
         tags=tags, eval_results=results or None, model_name=facts.name if results else None, **base_license(facts.base_folder),
     )
@@ -206,6 +211,8 @@ def card_text(facts: CardFacts) -> str:
     }[facts.kind]
     trained = f", trained from {base}" if facts.base_label or facts.base_id else ""
     method = f" with `{facts.method}`" if facts.method else ""
+    if facts.parents:
+        trained, method = f", merged from {', '.join(f'`{name}`' for name in facts.parents)}", method.replace(" with", ":", 1)
     sections = [
         f"# {facts.name}", f"{article}{trained}{method} by mmalign {__version__}.",
         "## Use", f"No mmalign is needed.\n\n```python\n{snippet(facts)}\n```", "## Training", _training(facts),
@@ -228,8 +235,10 @@ def snippet(facts: CardFacts) -> str:
         return (f"from transformers import {names}\n\ntokenizer = AutoTokenizer.from_pretrained(\"{here}\")\n"
                 f"model = {cls}.from_pretrained(\"{here}\", dtype=\"auto\")")
     if facts.kind == "adapter":
-        return (f"from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-                f"base = AutoModelForCausalLM.from_pretrained(\"{base}\")\nmodel = PeftModel.from_pretrained(base, \"{here}\")")
+        cls = facts.network_class or "AutoModelForCausalLM"
+        labels = ", num_labels=1" if cls.endswith("ForSequenceClassification") else ""
+        return (f"from peft import PeftModel\nfrom transformers import {cls}\n\n"
+                f"base = {cls}.from_pretrained(\"{base}\"{labels})\nmodel = PeftModel.from_pretrained(base, \"{here}\")")
     start = "import torch\nfrom diffusers import DiffusionPipeline"
     if facts.kind == "pipeline":
         parts = "".join(f", {name}=None" for name in facts.absent)

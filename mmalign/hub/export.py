@@ -183,6 +183,8 @@ def _network(folder: Path, kind: str) -> tuple[str | None, str]:
     if kind in ("transformers", "merged"):
         names = read_json(folder / "config.json").get("architectures") or [None]
         return ("AutoModelForCausalLM" if str(names[0]).endswith("ForCausalLM") else names[0]), "unet"
+    if kind == "adapter" and read_json(folder / "adapter_config.json").get("task_type") == "SEQ_CLS":
+        return "AutoModelForSequenceClassification", "unet"
     if kind == "unet":
         name = str(read_json(folder / "config.json").get("_class_name"))
         return name, "transformer" if "Transformer" in name else "unet"

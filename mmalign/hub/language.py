@@ -246,6 +246,8 @@ def write_adapter(source: Source, target: Path, *, dtype: str | None, tolerance:
     save_file(tensors, target / weights.name, metadata={"format": "pt"})
     (target / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     copy_tokenizer([source.folder], target)
+    if is_scorer(source.folder) and (source.folder / "config.json").is_file():
+        shutil.copyfile(source.folder / "config.json", target / "config.json")
     if source.base_folder is None:
         source.warnings.append("the base model is not on this machine, so the adapter was not tried on it")
         return None
@@ -261,11 +263,28 @@ def adapted_modules(tensors: dict[str, Tensor]) -> list[str]:
     return sorted({match[1] for match in matches if match})
 
 
+def is_scorer(adapter: Path) -> bool:
+    """Whether an adapter belongs to a sequence classifier (a reward model), whose head it brings along."""
+    return read_json(adapter / "adapter_config.json").get("task_type") == "SEQ_CLS"
+
+
+def load_scorer(base: str | Path, adapter: Path) -> Any:
+    """The base as a sequence classifier with the labels and padding token that the adapter's folder names.
+
+    Its head is new (and replaced by the adapter's) when the base is a language model.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(adapter if (adapter / "config.json").is_file() else base)
+    config.num_labels = config.num_labels if (adapter / "config.json").is_file() else 1
+    return AutoModelForSequenceClassification.from_pretrained(base, config=config, dtype=torch.float32).eval()
+
+
 def load_with_adapter(base: str | Path, adapter: Path) -> Any:
     """The base in float32 with the adapter on it; rows are added to its vocabulary when the adapter brings more."""
     from peft import PeftModel
 
-    model = load_model(base)
+    model = load_scorer(base, adapter) if is_scorer(adapter) else load_model(base)
     embedding = model.get_input_embeddings()
     rows = [entry["shape"][0] for name, entry in tensor_entries(adapter)
             if embedding is not None and name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight"))]

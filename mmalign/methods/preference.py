@@ -194,9 +194,15 @@ def _trl_nodes(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def preference_terms(options: PreferenceOptions | UnpairedOptions, *, key: str = "losses") -> list[LossTerm]:
+    """The checked terms of ``losses:``, composites replaced; raises ConfigError naming the entry."""
+    table: Registry[Any] = POINTWISE_LOSSES if isinstance(options, UnpairedOptions) else PREFERENCE_LOSSES
+    return loss_terms(expand_composites(options.losses, key=key), [table, SUPERVISED_LOSSES], key=key)
+
+
 def preference_parts(options: PreferenceOptions, context: BuildContext, policy: Policy) -> TrainingParts:
     """Policy, pair objective and data experience of a preference method."""
-    terms = loss_terms(expand_composites(options.losses), [PREFERENCE_LOSSES, SUPERVISED_LOSSES])
+    terms = preference_terms(options)
     needed = any(PREFERENCE_LOSSES.get(term.name).reference for term in terms
                  if term.name in PREFERENCE_LOSSES and term.weight != 0)
     return _parts(options, context, policy, terms, needed, unpaired=False)
@@ -204,7 +210,7 @@ def preference_parts(options: PreferenceOptions, context: BuildContext, policy: 
 
 def unpaired_parts(options: UnpairedOptions, context: BuildContext, policy: Policy) -> TrainingParts:
     """The same on single labelled samples; pairs are taken apart."""
-    terms = loss_terms(options.losses, [POINTWISE_LOSSES, SUPERVISED_LOSSES])
+    terms = preference_terms(options)
     if options.reference.kind == "precomputed" and any(term.name == "kto" for term in terms):
         raise ConfigError("reference.kind: precomputed holds scores of the rows alone; kto compares prompts with completions "
                           "of other rows, drawn anew in every update. Use frozen_copy or adapter_off")

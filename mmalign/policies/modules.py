@@ -179,7 +179,7 @@ def module_identity(module: nn.Module) -> str:
     layers = adapter_layers(inner)
     disabled = all(layer._disable_adapters for layer in layers) if layers else getattr(inner, "_adapters_disabled", False)
     dropped = adapter_parameter_names(inner) if disabled else set()
-    prefix = _base_prefix(inner)
+    prefix = base_prefix(inner)
     named: dict[str, Tensor] = {}
     for name, tensor in inner.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor) or name in dropped or (disabled and not name.startswith(prefix)):
@@ -204,7 +204,7 @@ def module_identity(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _base_prefix(inner: Any) -> str:
+def base_prefix(inner: Any) -> str:
     """What peft puts in front of the base model's tensor names."""
     if not is_peft_model(inner):
         return ""

@@ -83,7 +83,7 @@ class RewardOptions(Component, Options):
 
 
 def _populate() -> None:
-    for module in ("text", "maths", "images"):
+    for module in ("text", "maths", "images", "learned", "ranking"):
         importlib.import_module(f"mmalign.rewards.{module}")
     from importlib.metadata import entry_points
 

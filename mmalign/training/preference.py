@@ -61,6 +61,29 @@ class PairOptions(Options):
             raise ValueError(f"tail_weight must lie in [0, 1], not {self.tail_weight}")
 
 
+def loss_row(term: LossTerm, *, unpaired: bool) -> PreferenceLoss | None:
+    """The row of a term in the pair table, or among the point losses; None for a supervised term. Raises ValueError."""
+    if term.name in SUPERVISED_LOSSES:
+        return None
+    return pointwise_row(term.name) if unpaired else PREFERENCE_LOSSES.get(term.name)
+
+
+def sample_fields(losses: Sequence[LossTerm], *, unpaired: bool) -> tuple[str, ...]:
+    """The samples of a row that the terms of non-zero weight read: chosen, rejected, ..., or :data:`SAMPLE`."""
+    found: list[str] = []
+    for term in losses:
+        row = loss_row(term, unpaired=unpaired)
+        if term.weight == 0:
+            continue
+        if row is None:
+            found.append(term.on or (SAMPLE if unpaired else "chosen"))
+        else:
+            found += [field for field in (*FIELDS, SAMPLE)
+                      if any(name.removeprefix("ref_").startswith(f"{field}_") for name in row.inputs)]
+    order = [*FIELDS, SAMPLE]
+    return tuple(sorted(dict.fromkeys(found), key=lambda field: order.index(field) if field in order else len(order)))
+
+
 class Preference(PolicyObjective):
     """Weighted preference losses, and supervised terms ``on`` one of a row's samples.
 
@@ -85,23 +108,16 @@ class Preference(PolicyObjective):
         self.pairs: list[tuple[LossTerm, PreferenceLoss]] = []
         self.supervised: list[LossTerm] = []
         for term in self.losses:
-            if unpaired and term.name not in SUPERVISED_LOSSES:
-                self.pairs.append((term, pointwise_row(term.name)))
-            elif term.name in PREFERENCE_LOSSES:
-                self.pairs.append((term, PREFERENCE_LOSSES.get(term.name)))
-            elif term.name in SUPERVISED_LOSSES:
+            row = loss_row(term, unpaired=unpaired)
+            if row is None:
                 self.supervised.append(term)
             else:
-                PREFERENCE_LOSSES.get(term.name)  # raises, naming the nearest
+                self.pairs.append((term, row))
         if not self.losses:
             raise ConfigError("losses: no term has a weight other than 0, so nothing would be learned")
         self._check(reference)
         self.needs_reference = any(row.reference for _, row in self.pairs)
-        self.fields = tuple(dict.fromkeys(
-            [field for _, row in self.pairs for field in (*FIELDS, SAMPLE)
-             if any(name.removeprefix("ref_").startswith(f"{field}_") for name in row.inputs)]
-            + [term.on or (SAMPLE if unpaired else "chosen") for term in self.supervised]
-        ))
+        self.fields = sample_fields(self.losses, unpaired=unpaired)
         self.running: dict[str, tuple[float, float]] = {}
         """Sum and number of everything a running mean has seen, by term."""
 

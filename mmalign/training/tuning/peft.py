@@ -69,7 +69,8 @@ class PeftTuning(FullTuning):
             if "init_lora_weights" in fields:
                 options.setdefault("init_lora_weights", "gaussian")
         elif "task_type" in fields:
-            options.setdefault("task_type", TaskType.CAUSAL_LM)
+            # A reward model's new head must be trained and saved with the adapter, which peft does for SEQ_CLS.
+            options.setdefault("task_type", TaskType(getattr(policy, "peft_task", "CAUSAL_LM")))
         if options.get("target_modules") == "all-linear" and policy.modality == "diffusion":
             options["target_modules"] = [n for n, m in policy.module.named_modules() if isinstance(m, nn.Linear)]
         try:
