@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from mmalign.config import Component, bind
+from mmalign.core.advantages import ADVANTAGES
 from mmalign.core.policy_gradient import POLICY_LOSSES
 from mmalign.errors import ConfigError, DataError
 from mmalign.methods.training import BuildContext, TrainingParts, advantage_function
-from mmalign.policies.base import Policy
+from mmalign.policies.base import Policy, TextSampling
 from mmalign.policies.reference import ReferenceOptions, make_reference
+from mmalign.policies.value import ValueFunction
 from mmalign.rewards.base import RewardOptions
 from mmalign.training.experience import RolloutExperience, RolloutSettings
 from mmalign.training.options import TrainOptions
 from mmalign.training.policy_gradient import KLOptions, PolicyGradient, PolicyLoss, PolicyLossOptions
+from mmalign.training.rollout_advantages import AdaptiveKL
 
 
 class AdvantageOptions(Component):
     """``{name: grpo, ddof: 1, eps: 1e-4}``: an advantage estimator and its arguments."""
 
     name: str = "grpo"
-    """grpo, dr_grpo, rloo, reinforce, ..., or prompt_statistics (running mean and spread of every prompt)."""
+    """grpo, dr_grpo, rloo, reinforce, ..., prompt_statistics (running mean and spread of every prompt), or gae (method ppo)."""
     clip: float | None = None
     """Advantages are clipped to +- this; null does not clip."""
 
@@ -46,8 +50,22 @@ class PolicyGradientOptions(TrainOptions):
     """Give completions that hit the length limit no loss; their reward still enters the baseline."""
 
 
+def check_text_sampling(sampling: TextSampling) -> None:
+    """Refuse sampling whose distribution is not the one that is scored; raises ConfigError naming the key."""
+    if sampling.temperature <= 0:
+        raise ConfigError(f"sampling.temperature: a policy gradient needs random samples, not {sampling.temperature}")
+    if sampling.truncated:
+        raise ConfigError("sampling.top_k and sampling.top_p: truncated sampling draws from another distribution than the one "
+                          "that is scored, which biases the gradient; use top_k 0 and top_p 1")
+
+
+SCALED = ("grpo", "grpo_batch_std", "reinforce_pp_baseline", "prompt_statistics")
+"""Estimators that divide rewards by their spread."""
+
+
 def policy_gradient_parts(
     options: PolicyGradientOptions, context: BuildContext, policy: Policy, sampling: Any, *, temperature: float = 1.0,
+    value: ValueFunction | None = None, value_coef: float = 0.1, value_clip: float = math.inf, missing_eos_penalty: float = 0.0,
 ) -> TrainingParts:
     """Policy, objective and rollout experience of a policy-gradient method."""
     name = options.loss.name
@@ -56,30 +74,83 @@ def policy_gradient_parts(
     except ValueError as error:
         raise ConfigError(f"loss.name: {error}") from None
     arguments = bind(options.loss, POLICY_LOSSES.get(name), key="loss", ignore=("mask",))
-    advantage, statistics = advantage_function(options.advantage)
-    if context.shape.completions_per_prompt < 2 and statistics is None and options.advantage.name != "reinforce":
-        raise ConfigError(f"batch.completions_per_prompt: advantage {options.advantage.name!r} compares the samples of a prompt "
-                          "and needs at least 2; use more, or advantage: prompt_statistics")
+    advantage, statistics, kl_advantage, kl_statistics = _advantages(options)
+    check_combination(options, name, arguments, completions=context.shape.completions_per_prompt, has_value=value is not None)
     examples = context.rows(options.data)
     if "prompt" not in examples[0]:
         raise DataError(f"data: column 'prompt' is missing; columns are {', '.join(examples[0])}. Map yours with data.columns")
     policy.check_prompts([example["prompt"] for example in examples])
     reference = make_reference(policy, options.reference) if options.kl.coef else None
     rewards = context.rewards(options.rewards, on_error=options.on_reward_error)
+    coefficient = AdaptiveKL(options.kl)
     settings = RolloutSettings(
         sampling, advantage, passes=options.batch.passes_per_rollout, action_fraction=options.batch.action_fraction,
-        kl_in_reward=options.kl.coef if options.kl.placement == "sequence_reward" else 0.0,
-        mask_truncated=options.mask_truncated, drop_flat_groups=options.drop_flat_groups,
+        kl=options.kl, kl_advantage=kl_advantage, advantage_clip=options.advantage.clip,
+        missing_eos_penalty=missing_eos_penalty, mask_truncated=options.mask_truncated,
+        drop_flat_groups=options.drop_flat_groups,
     )
     objective = PolicyGradient(
         policy, PolicyLoss(name, arguments, options.loss.reduction, options.loss.norm_length), temperature=temperature,
         on_policy=context.shape.updates_per_rollout == 1, kl=options.kl, entropy_coef=options.loss.entropy_coef,
+        value=value, value_coef=value_coef, value_clip=value_clip,
     )
-    experience = RolloutExperience(policy, examples, rewards, context.shape, settings, context.state, timer=context.timer,
-                                   reference=reference, statistics=statistics)
+    experience = RolloutExperience(
+        policy, examples, rewards, context.shape, settings, context.state, timer=context.timer, reference=reference,
+        value=value, kl=coefficient, statistics=statistics, kl_statistics=kl_statistics,
+    )
     evaluation = None
     if options.evaluation is not None:
         held_out = context.rewards(options.evaluation.rewards or options.rewards)
         evaluation = (options.evaluation, held_out, sampling)
+    provenance: dict[str, Any] = {"rewards": [reward.name for reward in options.rewards]}
+    if reference is not None:
+        provenance["reference"] = reference.identity
     return TrainingParts(policy, objective, experience, rows=len(examples), reference=reference, evaluation=evaluation,
-                         provenance={"rewards": [reward.name for reward in options.rewards]})
+                         controller=coefficient if options.kl.adaptive else None, provenance=provenance)
+
+
+def check_combination(
+    options: PolicyGradientOptions, loss: str, arguments: dict[str, Any], *, completions: int, has_value: bool,
+) -> None:
+    """Refuse combinations of estimator, loss and divergence that mean nothing; raises ConfigError with the reason."""
+    placement = options.kl.placement if options.kl.coef else None
+    estimator = options.advantage.name
+    estimator = ADVANTAGES.canonical(estimator) if estimator in ADVANTAGES else estimator
+    if completions < 2 and estimator not in ("prompt_statistics", "reinforce", "gae"):
+        raise ConfigError(f"batch.completions_per_prompt: advantage {estimator!r} compares the samples of a prompt "
+                          "and needs at least 2; use more, or advantage: prompt_statistics")
+    if (estimator == "gae") != has_value:
+        raise ConfigError(
+            f"advantage.name: {estimator!r} makes no use of the value function that method ppo trains; use gae, or method grpo "
+            "without a value function" if has_value else
+            "advantage.name: gae needs a value function, which this method does not train; use method ppo, or a group "
+            "estimator such as grpo or rloo")
+    per_action = estimator == "gae" or placement == "token_reward"
+    if per_action and (loss == "gspo" or arguments.get("level", "token") != "token"):
+        cause = "advantage gae" if estimator == "gae" else "kl.placement token_reward"
+        raise ConfigError(f"loss.name: {loss} has one ratio per sequence, and {cause} gives one advantage per action; use "
+                          "ppo_clip at level token, or kl.placement sequence_reward with a group estimator")
+    if placement == "token_reward" and estimator in SCALED:
+        raise ConfigError(f"kl.placement: token_reward charges nats to single actions, but advantage {estimator!r} is in units "
+                          "of the spread of rewards; use sequence_reward or advantage, or an estimator that does not scale "
+                          "(rloo, dr_grpo, reinforce, gae)")
+    if placement == "advantage" and estimator == "gae":
+        raise ConfigError("kl.placement: advantage subtracts one number per sample, and advantage gae gives one per action from "
+                          "rewards per action; use token_reward")
+    if options.drop_flat_groups and estimator == "gae":
+        raise ConfigError("drop_flat_groups: a value function learns from groups without spread too, and gae compares nothing "
+                          "within groups; set it to false")
+    if placement is not None and options.reference.kind == "none":
+        raise ConfigError("reference.kind: none leaves nothing for kl.coef to compare with; set kl.coef: 0")
+    if placement is not None and options.reference.kind == "precomputed":
+        raise ConfigError("reference.kind: precomputed holds scores of known rows, and rollouts do not exist before training; "
+                          "use frozen_copy, adapter_off or another kind that keeps weights")
+
+
+def _advantages(options: PolicyGradientOptions) -> tuple[Any, Any, Any, Any]:
+    """Estimator and statistics of the reward, and of the divergence where it has an advantage of its own."""
+    if not options.kl.coef or options.kl.placement != "advantage":
+        return *advantage_function(options.advantage), None, None
+    unclipped = options.advantage.model_copy(update={"clip": None})  # the difference is clipped, not its parts
+    own = advantage_function(unclipped) if options.kl.normalize else (None, None)
+    return *advantage_function(unclipped), *own

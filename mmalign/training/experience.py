@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -11,12 +12,22 @@ from torch import Tensor
 
 from mmalign.config import Options
 from mmalign.core.selection import top_k_indices
-from mmalign.data.mixture import EpochSampler
+from mmalign.data.mixture import EpochSampler, IndexSampler
 from mmalign.data.rows import Rows
 from mmalign.errors import ConfigError
 from mmalign.policies.base import Policy, Rollout, Scorer
+from mmalign.policies.value import ValueFunction
 from mmalign.rewards.base import RewardSet
 from mmalign.training.objective import TrainState, UpdateBatch
+from mmalign.training.rollout_advantages import (
+    GAE,
+    AdaptiveKL,
+    KLOptions,
+    charge_onwards,
+    mean_over_ranks,
+    mean_per_row,
+    rollout_divergence,
+)
 from mmalign.training.tracking import PhaseTimer
 
 
@@ -120,10 +131,10 @@ class DatasetExperience:
 
     def __init__(
         self, policy: Policy, examples: Sequence[Mapping[str, Any]], shape: BatchShape, *, seed: int, rank: int = 0,
-        shuffle: bool = True, part: str = "train",
+        shuffle: bool = True, part: str = "train", sampler: IndexSampler | None = None,
     ) -> None:
         self.policy, self.examples, self.shape, self.rank, self.part = policy, examples, shape, rank, part
-        self.sampler = EpochSampler(len(examples), seed=seed, shuffle=shuffle)
+        self.sampler: IndexSampler = sampler or EpochSampler(len(examples), seed=seed, shuffle=shuffle)
 
     def __iter__(self) -> Iterator[UpdateBatch]:
         """Endless updates."""
@@ -151,10 +162,18 @@ class RolloutSettings:
     """What shapes a rollout experience beside its policy and rewards."""
 
     sampling: Any
-    advantage: AdvantageFunction
+    advantage: AdvantageFunction | GAE
+    """From total rewards to advantages; GAE needs a value function."""
     passes: int = 1
     action_fraction: float = 1.0
-    kl_in_reward: float = 0.0
+    kl: KLOptions | None = None
+    """The divergence to the reference; None has none."""
+    kl_advantage: AdvantageFunction | None = None
+    """kl.placement advantage: the estimator of the divergence's own advantage; None subtracts it as it is."""
+    advantage_clip: float | None = None
+    """kl.placement advantage: bound of the difference of the two advantages."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the reward of samples that were cut off."""
     mask_truncated: bool = False
     drop_flat_groups: bool = False
     columns: Sequence[str] = field(default_factory=tuple)
@@ -163,23 +182,27 @@ class RolloutSettings:
 class RolloutExperience:
     """Sample, reward, compare within groups, and train: every rollout of the current policy gives some updates.
 
-    Order of one rollout: draw prompts, sample G completions each, score every reward, subtract the KL penalty when it
-    is placed in the reward, compute advantages, score the reference, then yield ``passes`` shuffled passes over it.
-    Rows made but not yet trained on are part of the state, so a resumed run never samples again.
+    Order of one rollout: draw prompts, sample G completions each, score every reward, score the reference and the value
+    function where they are needed, compute advantages, then yield ``passes`` shuffled passes over it. Rows made but not
+    yet trained on are part of the state, so a resumed run never samples again.
     """
 
     def __init__(
         self, policy: Policy, examples: Sequence[Mapping[str, Any]], rewards: RewardSet, shape: BatchShape,
         settings: RolloutSettings, state: TrainState, *, timer: PhaseTimer | None = None,
-        reference: Scorer | None = None, observers: Sequence[Callable[[Rollout, int], None]] = (),
-        statistics: Any = None,
+        reference: Scorer | None = None, value: ValueFunction | None = None, kl: AdaptiveKL | None = None,
+        observers: Sequence[Callable[[Rollout, int], None]] = (), statistics: Any = None, kl_statistics: Any = None,
     ) -> None:
         self.policy, self.examples, self.rewards, self.shape, self.settings = policy, examples, rewards, shape, settings
-        self.state, self.timer, self.reference = state, timer or PhaseTimer(), reference
-        self.observers, self.statistics = list(observers), statistics
+        self.state, self.timer, self.reference, self.value = state, timer or PhaseTimer(), reference, value
+        self.kl = kl or AdaptiveKL(settings.kl or KLOptions())
+        self.observers, self.statistics, self.kl_statistics = list(observers), statistics, kl_statistics
         self.sampler = EpochSampler(len(examples), seed=state.seed, shuffle=True)
         self.pending: list[Rows] = []
         self.metrics: dict[str, float] = {}
+        if isinstance(settings.advantage, GAE) and value is None:
+            raise ConfigError("advantage: gae estimates advantages with a value function, and this method has none; use method "
+                              "ppo, or a group estimator such as grpo or rloo")
 
     def __iter__(self) -> Iterator[UpdateBatch]:
         """Endless updates."""
@@ -188,6 +211,11 @@ class RolloutExperience:
                 self.pending, self.metrics = self._rollout()
             rows = self.pending.pop(0)
             yield UpdateBatch({"train": rows}, dict(self.metrics))
+
+    @property
+    def placement(self) -> str | None:
+        """Where the divergence enters; None without one."""
+        return self.settings.kl.placement if self.reference is not None and self.settings.kl is not None else None
 
     def _rollout(self) -> tuple[list[Rows], dict[str, float]]:
         state, shape = self.state, self.shape
@@ -207,31 +235,98 @@ class RolloutExperience:
             rollout = self.rewards.score(rollout, step=state.step)
         total = self.rewards.total(rollout)
         metrics = self.rewards.metrics(rollout) | rollout_metrics(rollout, total)
-        if self.reference is not None and self.settings.kl_in_reward:
-            total = total - self.settings.kl_in_reward * self._sequence_kl(rollout)
-        advantages = self.settings.advantage(rollout, total)
-        rollout.columns["advantages"] = advantages.tolist()
-        if self.settings.mask_truncated and rollout.finish_reason:
-            keep = torch.tensor([reason != "length" for reason in rollout.finish_reason])
-            rollout.mask = rollout.mask & keep[:, None]
+        if self.settings.missing_eos_penalty and rollout.finish_reason:
+            cut = torch.tensor([reason == "length" for reason in rollout.finish_reason])
+            total = total - self.settings.missing_eos_penalty * cut
+        counted = self._counted(rollout, total)
+        divergence = self._divergence(rollout, metrics)
+        if isinstance(self.settings.advantage, GAE):
+            self._estimate(self.settings.advantage, rollout, total, counted, divergence, metrics)
+        else:
+            advantages = self._advantages(self.settings.advantage, rollout, total, divergence)
+            rollout.columns["advantages"] = list(advantages) if advantages.dim() == 2 else advantages.tolist()
+        rollout.mask = counted
+        self._adapt(divergence, metrics)
         for observer in self.observers:
             observer(rollout, state.step)
         return self._updates(rollout), metrics
 
-    def _sequence_kl(self, rollout: Rollout) -> Tensor:
-        assert self.reference is not None
+    def _counted(self, rollout: Rollout, total: Tensor) -> Tensor:
+        """``[B, A]``: the actions that are trained on."""
+        counted = rollout.mask
+        if self.settings.mask_truncated and rollout.finish_reason:
+            keep = torch.tensor([reason != "length" for reason in rollout.finish_reason])
+            counted = counted & keep[:, None]
+        if isinstance(self.settings.advantage, GAE):  # a sample without a reward teaches a value function nothing
+            counted = counted & ~total.isnan()[:, None]
+        return counted
+
+    def _divergence(self, rollout: Rollout, metrics: dict[str, float]) -> Tensor | None:
+        """Score the reference on the whole rollout where its divergence is needed before the updates; ``[B, A]`` or None."""
+        settings = self.settings
+        if self.reference is None or settings.kl is None:
+            return None
+        again = settings.passes > 1 and settings.action_fraction == 1  # cheaper once than in every pass
+        if self.placement == "loss" and settings.kl.adaptive is None and not again:
+            return None
         with self.timer.phase("reference"):
-            reference = score_in_chunks(self.reference, rollout.rows, shape=self.shape, temperature=rollout.temperature)
-        gap = (rollout.old_logp - reference[:, : rollout.old_logp.shape[1]]) * rollout.mask
-        return gap.sum(1)
+            rollout.ref_logp = score_in_chunks(self.reference, rollout.rows, shape=self.shape, temperature=rollout.temperature)
+        log_ratio = rollout_divergence(rollout, kind="k1")
+        metrics["kl/sample"] = float(log_ratio.sum(1).double().mean())
+        metrics["kl/action"] = float(mean_per_row(log_ratio, rollout.mask).double().mean())
+        metrics["kl/coef"] = self.kl.value
+        return rollout_divergence(rollout, kind=settings.kl.kind)
+
+    def _advantages(
+        self, function: AdvantageFunction, rollout: Rollout, total: Tensor, divergence: Tensor | None,
+    ) -> Tensor:
+        """``[B]``, or ``[B, A]`` when the divergence is charged to single actions."""
+        if divergence is None or self.placement == "loss":
+            return function(rollout, total)
+        coef = self.kl.value
+        if self.placement == "sequence_reward":
+            return function(rollout, total - coef * divergence.sum(1))
+        advantages = function(rollout, total)
+        if self.placement == "token_reward":
+            return charge_onwards(advantages, divergence, rollout.mask, coef=coef)
+        own = mean_per_row(divergence, rollout.mask)
+        if self.settings.kl_advantage is not None:
+            own = self.settings.kl_advantage(rollout, own)
+        limit = math.inf if self.settings.advantage_clip is None else self.settings.advantage_clip
+        return (advantages - coef * own).clamp(-limit, limit)
+
+    def _estimate(
+        self, estimator: GAE, rollout: Rollout, total: Tensor, counted: Tensor, divergence: Tensor | None,
+        metrics: dict[str, float],
+    ) -> None:
+        """Values, advantages and returns of every action."""
+        assert self.value is not None
+        with self.timer.phase("value"):
+            values = value_in_chunks(self.value, rollout.rows, shape=self.shape)
+        rollout.values = torch.where(rollout.mask, values[:, : rollout.mask.shape[1]], torch.zeros_like(rollout.old_logp))
+        reward, per_token = total.nan_to_num(0.0), None
+        if divergence is not None and self.placement == "sequence_reward":
+            reward = reward - self.kl.value * divergence.sum(1)
+        elif divergence is not None and self.placement == "token_reward":
+            per_token = divergence
+        advantages, returns = estimator(reward, rollout.values, rollout.mask, kl=per_token, kl_coef=self.kl.value,
+                                        counted=counted)
+        rollout.columns |= {"advantages": list(advantages), "returns": list(returns)}
+        metrics["value"] = float(rollout.values[counted].double().mean()) if bool(counted.any()) else 0.0
+        metrics["value/explained"] = explained_variance(rollout.values[counted], returns[counted])
+
+    def _adapt(self, divergence: Tensor | None, metrics: dict[str, float]) -> None:
+        if divergence is not None and self.kl.options.adaptive is not None:
+            kl, samples = mean_over_ranks(torch.full((len(divergence),), metrics["kl/sample"], dtype=torch.float64))
+            self.kl.adapt(kl, samples)
 
     def _updates(self, rollout: Rollout) -> list[Rows]:
         """Rows of every update of this rollout; whole groups stay together."""
         groups = rollout.group.unique().tolist()
         members = {g: (rollout.group == g).nonzero().flatten() for g in groups}
         if self.settings.drop_flat_groups:
-            flat = {g for g in groups if not any(rollout.columns["advantages"][i] for i in members[g].tolist())}
-            groups = [g for g in groups if g not in flat] or groups[:1]
+            useful = [bool(torch.as_tensor(value).any()) for value in rollout.columns["advantages"]]
+            groups = [g for g in groups if any(useful[i] for i in members[g].tolist())] or groups[:1]
         # The number of updates is fixed by the batch sizes, so that ranks that dropped groups stay in step.
         count = max(1, self.shape.updates_per_rollout // self.settings.passes)
         updates = []
@@ -243,7 +338,8 @@ class RolloutExperience:
                     rollout.take(index), fraction=self.settings.action_fraction,
                     generator=self.state.generator("actions"),
                 )
-                if self.reference is not None and not self.settings.kl_in_reward and "ref_logp" not in rows:
+                if self.placement == "loss" and "ref_logp" not in rows:
+                    assert self.reference is not None
                     with self.timer.phase("reference"):
                         scores = score_in_chunks(self.reference, rows, shape=self.shape, temperature=rollout.temperature)
                     rows = rows.with_columns(ref_logp=scores)
@@ -255,6 +351,7 @@ class RolloutExperience:
         return {
             "sampler": self.sampler.state_dict(), "pending": [dict(rows) for rows in self.pending],
             "metrics": self.metrics, "statistics": self.statistics.state_dict() if self.statistics else {},
+            "kl_statistics": self.kl_statistics.state_dict() if self.kl_statistics else {},
             "rewards": self.rewards.state_dict(),
         }
 
@@ -266,6 +363,8 @@ class RolloutExperience:
         self.rewards.load_state_dict(state["rewards"])
         if self.statistics:
             self.statistics.load_state_dict(state["statistics"])
+        if self.kl_statistics:
+            self.kl_statistics.load_state_dict(state["kl_statistics"])
 
 
 def score_in_chunks(scorer: Scorer, rows: Rows, *, shape: BatchShape, temperature: float = 1.0) -> Tensor:
@@ -278,6 +377,22 @@ def score_in_chunks(scorer: Scorer, rows: Rows, *, shape: BatchShape, temperatur
             logp = scorer.log_probs(chunk, temperature=temperature).logp
         parts.append(torch.nn.functional.pad(logp, (0, width - logp.shape[1])).cpu())
     return torch.cat(parts)
+
+
+def value_in_chunks(value: ValueFunction, rows: Rows, *, shape: BatchShape) -> Tensor:
+    """``[B, A]`` values without gradient, at most ``examples_per_forward`` rows at a time."""
+    parts = []
+    for start in range(0, len(rows), shape.examples_per_forward):
+        with torch.no_grad():
+            parts.append(value.values(rows.take(range(start, min(len(rows), start + shape.examples_per_forward)))).float().cpu())
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """``1 - Var(returns - values) / Var(returns)``: 1 is a perfect value function, 0 no better than a constant."""
+    spread = float(returns.double().var()) if returns.numel() > 1 else 0.0
+    return 1 - float((returns - values).double().var()) / spread if spread > 0 else 0.0
 
 
 def rollout_metrics(rollout: Rollout, total: Tensor) -> dict[str, float]:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmalign.config import Component, Options
+from mmalign.config import Component
 from mmalign.core.divergence import kl_estimate
-from mmalign.core.policy_gradient import POLICY_LOSSES
+from mmalign.core.policy_gradient import POLICY_LOSSES, clipped_value_loss
 from mmalign.core.reduce import count
+from mmalign.data.rows import Rows
 from mmalign.policies.base import Policy
+from mmalign.policies.value import ValueFunction
 from mmalign.training.objective import Coupling, Maximum, Mean, Metrics, PolicyObjective, Term, TrainState, UpdateBatch
+from mmalign.training.rollout_advantages import KLOptions
+
+__all__ = ["KLOptions", "PolicyGradient", "PolicyLoss", "PolicyLossOptions"]
 
 
 class PolicyLossOptions(Component):
@@ -30,25 +35,6 @@ class PolicyLossOptions(Component):
     """Weight of an entropy bonus; 0 does not compute entropy gradients."""
 
 
-class KLOptions(Options):
-    """Where the divergence to the reference enters, and how it is estimated."""
-
-    coef: float = 0.0
-    """Weight; 0 loads no reference."""
-    estimator: Literal["k2", "k3", "k1"] = "k3"
-    """k1 = log-ratio, k2 = its square / 2, k3 = exp(-x) - 1 + x (never negative)."""
-    placement: Literal["loss", "sequence_reward"] = "loss"
-    """Added to the loss, or subtracted from the reward of the sequence before the baseline."""
-
-    def model_post_init(self, context: Any, /) -> None:
-        """Refuse the combination without an expected gradient."""
-        if self.coef < 0:
-            raise ValueError(f"kl.coef must not be negative, not {self.coef}")
-        if self.placement == "loss" and self.estimator == "k1":
-            raise ValueError("kl.estimator k1 has zero expected gradient as a loss; use k3 or k2, or "
-                             "kl.placement: sequence_reward")
-
-
 @dataclass(frozen=True)
 class PolicyLoss:
     """A policy loss bound to its arguments."""
@@ -60,23 +46,37 @@ class PolicyLoss:
 
 
 class PolicyGradient(PolicyObjective):
-    """``reduce(loss(logp, old_logp, A)) + kl_coef reduce(KL) - entropy_coef reduce(H)`` on rollout rows.
+    """``reduce(loss(logp, old_logp, A)) + kl_coef reduce(KL) - entropy_coef reduce(H) + value_coef token_mean(L_V)``.
 
-    Rows carry ``advantages[B]``, ``old_logp[B, A]`` (log-probs of the distribution sampled from) and, with a KL term,
-    ``ref_logp[B, A]``. With one update per rollout (``on_policy``) the ratio is taken to the detached current
-    log-probs, exactly 1, and ``old_logp`` serves only the always-logged gap between sampling and scoring.
+    Rows carry ``advantages[B]`` (or ``[B, A]``), ``old_logp[B, A]`` (log-probs of the distribution sampled from), with a KL
+    term ``ref_logp[B, A]``, and with a value function ``values[B, A]`` and ``returns[B, A]`` of the rollout. With one
+    update per rollout (``on_policy``) the ratio is taken to the detached current log-probs, exactly 1, and ``old_logp``
+    serves only the always-logged gap between sampling and scoring. The value loss is
+    :func:`~mmalign.core.policy_gradient.clipped_value_loss` (Schulman et al. 2017, arXiv 1707.06347, equation 9).
     """
 
     coupling: Coupling = "none"
 
     def __init__(
         self, policy: Policy, loss: PolicyLoss, *, temperature: float = 1.0, on_policy: bool = True,
-        kl: KLOptions | None = None, entropy_coef: float = 0.0,
+        kl: KLOptions | None = None, entropy_coef: float = 0.0, value: ValueFunction | None = None, value_coef: float = 0.1,
+        value_clip: float = 0.2,
     ) -> None:
         self.policy, self.policy_loss, self.temperature, self.on_policy = policy, loss, temperature, on_policy
         self.function = POLICY_LOSSES.get(loss.name)
         self.kl = kl if kl is not None and kl.coef and kl.placement == "loss" else None
         self.entropy_coef = entropy_coef
+        self.value, self.value_coef, self.value_clip = value, value_coef, value_clip
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The policy's network, and that of the value function."""
+        return {"policy": self.policy.module} | ({"value": self.value.module} if self.value is not None else {})
+
+    def replace_modules(self, modules: Mapping[str, nn.Module]) -> None:
+        """Hand the wrapped networks back."""
+        super().replace_modules(modules)
+        if self.value is not None:
+            self.value.replace_module(modules["value"])
 
     def prepare(self, update: UpdateBatch, state: TrainState) -> dict[str, Any]:
         """Rollout rows hold their own noise: nothing to draw."""
@@ -91,42 +91,65 @@ class PolicyGradient(PolicyObjective):
 
     def counts(self, update: UpdateBatch) -> dict[str, float]:
         """Actions or sequences of the update."""
-        total = count(self._mask(update), how=self.policy_loss.reduction, norm_length=self.policy_loss.norm_length)
+        mask = self._mask(update)
+        total = count(mask, how=self.policy_loss.reduction, norm_length=self.policy_loss.norm_length)
         names = ["policy"] + (["kl"] if self.kl else []) + (["entropy"] if self.entropy_coef else [])
-        return dict.fromkeys(names, total)
+        counts = dict.fromkeys(names, total)
+        if self.value is not None:
+            counts["value"] = count(mask, how="token_mean")
+        return counts
 
     def loss(self, micro: UpdateBatch, shared: dict[str, Any], state: TrainState) -> tuple[list[Term], Metrics]:
         """Terms of one micro-batch."""
         rows = micro.parts[self.part]
-        scores = self.policy.log_probs(
-            rows, temperature=self.temperature, want=("entropy",) if self.entropy_coef else (),
-        )
+        wanted = (("entropy",) if self.entropy_coef else ()) + (self.value.want if self.value is not None else ())
+        scores = self.policy.log_probs(rows, temperature=self.temperature, want=wanted)
         logp, width = scores.logp, scores.logp.shape[1]
         mask = self._mask(micro).to(logp.device)
         behaviour = rows["old_logp"][:, :width].to(logp.device)
         advantages = torch.as_tensor(rows["advantages"], dtype=torch.float32, device=logp.device)
+        advantages = advantages if advantages.dim() == 1 else advantages[:, :width]
         values = self.function(
             logp, None if self.on_policy else behaviour, advantages, mask=mask, **self.policy_loss.arguments,
         )
         how, norm = self.policy_loss.reduction, self.policy_loss.norm_length
         valid = mask if values.dim() == 2 else mask.any(1)
         terms = [Term("policy", values, valid, how, norm_length=norm)]
-        gap = (logp.detach() - behaviour).abs() * mask
-        metrics: Metrics = {"rollout_gap/mean": Mean.of(gap, mask), "logp": Mean.of(logp, mask)}
-        if self.on_policy:
-            metrics["rollout_gap/max"] = Maximum(float(gap.max()) if gap.numel() else 0.0)
-        else:
-            log_ratio = (logp.detach() - behaviour) * mask
-            metrics["kl_old"] = Mean.of(-log_ratio, mask)
-            for side, sign in (("low", -1), ("high", 1)):
-                limit = self.policy_loss.arguments.get(f"clip_{side}", 0.2)
-                outside = (log_ratio.exp() - 1) * sign > limit
-                metrics[f"clipped/{side}"] = Mean.of((outside & (advantages[:, None] * sign > 0)).float(), mask)
+        metrics = self._ratio_metrics(logp.detach(), behaviour, advantages, mask)
         if self.kl is not None:
-            divergence = kl_estimate(logp, rows["ref_logp"][:, :width].to(logp.device), kind=self.kl.estimator)
+            divergence = kl_estimate(logp, rows["ref_logp"][:, :width].to(logp.device), kind=self.kl.kind)
             terms.append(Term("kl", divergence, mask, how, self.kl.coef, norm))
             metrics["kl"] = Mean.of(divergence, mask)
         if scores.entropy is not None and self.entropy_coef:
             terms.append(Term("entropy", -scores.entropy, mask, how, self.entropy_coef, norm))
             metrics["entropy"] = Mean.of(scores.entropy, mask)
+        if self.value is not None:
+            predicted = self.value.values(rows, scores if self.value.want else None)
+            term, clipped = self._value_term(predicted, rows, mask)
+            terms.append(term)
+            metrics["value/clipped"] = Mean.of(clipped, mask)
         return terms, metrics
+
+    def _ratio_metrics(self, logp: Tensor, behaviour: Tensor, advantages: Tensor, mask: Tensor) -> Metrics:
+        gap = (logp - behaviour).abs() * mask
+        metrics: Metrics = {"rollout_gap/mean": Mean.of(gap, mask), "logp": Mean.of(logp, mask)}
+        if self.on_policy:
+            metrics["rollout_gap/max"] = Maximum(float(gap.max()) if gap.numel() else 0.0)
+            return metrics
+        log_ratio = (logp - behaviour) * mask
+        metrics["kl_old"] = Mean.of(-log_ratio, mask)
+        signs = advantages if advantages.dim() == 2 else advantages[:, None]
+        for side, sign in (("low", -1), ("high", 1)):
+            limit = self.policy_loss.arguments.get(f"clip_{side}", 0.2)
+            outside = (log_ratio.exp() - 1) * sign > limit
+            metrics[f"clipped/{side}"] = Mean.of((outside & (signs * sign > 0)).float(), mask)
+        return metrics
+
+    def _value_term(self, predicted: Tensor, rows: Rows, mask: Tensor) -> tuple[Term, Tensor]:
+        """The value loss, and where its clipping is active."""
+        width = mask.shape[1]
+        predicted = predicted[:, :width].float()
+        old, returns = (rows[name][:, :width].to(predicted.device) for name in ("values", "returns"))
+        losses = clipped_value_loss(predicted, old, returns, clip=self.value_clip)
+        clipped = (losses.detach() > (predicted.detach() - returns).square() / 2).float()
+        return Term("value", losses, mask, "token_mean", self.value_coef), clipped

@@ -240,11 +240,22 @@ def test_killed_between_two_rollouts_it_resumes_bit_for_bit(kind: str, root: Pat
 def test_the_gradient_does_not_depend_on_the_forward_size(tmp_path: Path) -> None:
     losses = []
     for size in (4, 1):
-        made = prepared(tmp_path / str(size), batch={"prompts_per_rollout": 4, "examples_per_update": 4, "examples_per_forward": size})
+        made = prepared(tmp_path / str(size), batch={"prompts_per_rollout": 4, "examples_per_update": 4,
+                                                     "examples_per_forward": size})
         rows = next(iter(made.parts.experience)).parts["train"]
+        source = torch.Generator().manual_seed(0)
+        rows = rows.with_columns(advantages=torch.randn(rows["advantages"].shape, generator=source),
+                                 returns=torch.randn(rows["returns"].shape, generator=source))
         losses.append(made.loop.update(UpdateBatch({"train": rows})))
     for key in ("loss/policy", "loss/value", "grad_norm"):
         assert losses[0][key] == pytest.approx(losses[1][key], rel=1e-3, abs=1e-6)
+
+
+def test_a_rollout_without_rewards_does_not_move_the_policy(tmp_path: Path) -> None:
+    made = prepared(tmp_path, rewards=[{"name": "exact_match"}], advantage={"lam": 1.0})
+    update = next(iter(made.parts.experience))
+    assert update.metrics["reward_std"] == 0
+    assert made.loop.update(update)["loss/policy"] == 0
 
 
 def test_one_pass_over_one_batch_is_on_policy(tmp_path: Path) -> None:

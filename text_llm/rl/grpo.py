@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from mmalign.data.chat import TextEncoding
-from mmalign.errors import ConfigError
-from mmalign.methods.policy_gradient import PolicyGradientOptions, policy_gradient_parts
+from mmalign.methods.policy_gradient import PolicyGradientOptions, check_text_sampling, policy_gradient_parts
 from mmalign.methods.registry import method
 from mmalign.methods.training import BuildContext, TrainingParts
 from mmalign.policies.base import TextSampling
@@ -22,10 +21,6 @@ class GRPOOptions(PolicyGradientOptions):
 @method("grpo", options=GRPOOptions, modality="text", paper="Shao et al., 2024, arXiv 2402.03300", rollout=True)
 def grpo(options: GRPOOptions, context: BuildContext) -> TrainingParts:
     """Sample G completions per prompt, compare their rewards within the group, and follow the policy gradient."""
-    if options.sampling.temperature <= 0:
-        raise ConfigError(f"sampling.temperature: a policy gradient needs random samples, not {options.sampling.temperature}")
-    if options.sampling.truncated:
-        raise ConfigError("sampling.top_k and sampling.top_p: truncated sampling draws from another distribution than the one "
-                          "that is scored, which biases the gradient; use top_k 0 and top_p 1")
+    check_text_sampling(options.sampling)
     policy = context.policy(options.model, encoding=options.encoding)
     return policy_gradient_parts(options, context, policy, options.sampling, temperature=options.sampling.temperature)
