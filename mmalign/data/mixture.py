@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,6 +16,27 @@ from mmalign.errors import CheckpointError, ConfigError, DataError
 
 _BLOCK = 1024
 """Sources drawn at once; a block can be drawn again from its number alone."""
+
+
+class IndexSampler(Protocol):
+    """An endless, resumable stream of row numbers."""
+
+    @property
+    def epochs_done(self) -> float:
+        """Rows drawn over rows there are."""
+        ...
+
+    def take(self, count: int) -> list[int]:
+        """The next ``count`` row numbers."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position."""
+        ...
 
 
 def mixture_weights(

@@ -21,8 +21,8 @@ from mmalign.data.loading import DataOptions, load_rows
 from mmalign.errors import ConfigError
 from mmalign.methods.registry import Method
 from mmalign.policies.base import Policy, Rollout
-from mmalign.policies.loading import ModelOptions, load_policy, resolve_model_path
-from mmalign.policies.provenance import write_provenance
+from mmalign.policies.loading import ModelOptions, base_of_adapter, load_policy, model_kind, resolve_model_path
+from mmalign.policies.provenance import read_provenance, write_provenance
 from mmalign.policies.reference import Reference
 from mmalign.rewards.base import RewardOptions, RewardSet, build_rewards
 from mmalign.training.checkpoint import atomic_folder, write_json
@@ -249,12 +249,21 @@ def total_steps(options: TrainOptions, rows: int, shape: BatchShape, *, rollout:
 
 
 def _provenance(method: Method, options: TrainOptions, prepared: PreparedTraining) -> dict[str, Any]:
-    path = resolve_model_path(options.model.path)
     return {
-        "base_model": options.model.path, "base_path": path if Path(path).is_dir() else None,
-        "base_hash": prepared.context.base_hash, "modality": prepared.parts.policy.modality, "method": method.name,
+        **_base(options.model, prepared.context.base_hash), "modality": prepared.parts.policy.modality, "method": method.name,
         **prepared.parts.provenance,
     }
+
+
+def _base(options: ModelOptions, identity: str) -> dict[str, Any]:
+    """What a trained model or adapter stands on: the loaded model, or the base of the adapter that it was loaded with."""
+    path = resolve_model_path(options.path)
+    if not Path(path).is_dir() or not model_kind(path).endswith("_adapter"):
+        return {"base_model": options.path, "base_path": path if Path(path).is_dir() else None, "base_hash": identity}
+    known = read_provenance(Path(path)) or {}
+    base = base_of_adapter(Path(path))
+    return {"base_model": known.get("base_model") or base, "base_path": base if Path(base).is_dir() else None,
+            "base_hash": known.get("base_hash"), "started_from": options.path}
 
 
 def _show_batch(shape: BatchShape, context: BuildContext) -> None:

@@ -113,6 +113,20 @@ def _clipped_gradients(c: Curves) -> str:
     return ""
 
 
+def _loss_spike(c: Curves) -> str:
+    losses = c.values("nll")
+    window = 10
+    for at in range(window, len(losses)):
+        before = sorted(losses[at - window : at])
+        typical = before[window // 2]
+        spread = sorted(abs(value - typical) for value in before)[window // 2]
+        if losses[at] > typical + max(0.5, 10 * spread):
+            return (f"The loss jumped to {losses[at]:.3g} after {at} updates, from about {typical:.3g}. When it does not come "
+                    "back, resume from a checkpoint before it with a smaller learning rate or in bfloat16 rather than float16; "
+                    "look at the rows of that update.")
+    return ""
+
+
 def _zero_policy_loss(c: Curves) -> str:
     losses = c.values("loss/policy")
     if losses and c.values("rollout_gap/max") and max(abs(v) for v in losses) < 1e-3 and max(c.values("grad_norm") or [0]) > 0:
@@ -135,6 +149,6 @@ Rule = Callable[[Curves], str]
 """Reads the curves and returns a sentence, or "" when it has nothing to say."""
 
 FAULTS: tuple[Rule, ...] = (
-    _no_gradient, _stuck_at_log_two, _replay_gap, _flat_groups, _cut_off, _not_applicable, _clipped_gradients,
+    _no_gradient, _stuck_at_log_two, _replay_gap, _flat_groups, _cut_off, _not_applicable, _clipped_gradients, _loss_spike,
 )
 EXPLANATIONS: tuple[Rule, ...] = (_zero_policy_loss, _chosen_falls)

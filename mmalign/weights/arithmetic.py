@@ -149,8 +149,12 @@ def _walk(
     precision: torch.dtype,
     dtype: torch.dtype | None = None,
     tied: Sequence[Sequence[str]] | None = None,
+    named: bool = False,
 ) -> dict[str, Tensor]:
-    """``function`` of the entries of all states, name by name; results never share storage with the inputs."""
+    """``function`` of the entries of all states, name by name; results never share storage with the inputs.
+
+    ``named`` puts the (first) name of the entry before the tensors.
+    """
     if precision not in (torch.float32, torch.float64):
         raise ValueError(f"precision is {precision}; allowed are torch.float32 and torch.float64")
     result: dict[str, Tensor] = {}
@@ -161,7 +165,8 @@ def _walk(
         if _is_floating(first):
             working = max((_precise(state[names[0]], precision) for state in states), key=_rank)
             entries = [state[names[0]].detach().to(device=first.device, dtype=working) for state in states]
-            value = function(*entries).to(first.dtype if dtype is None else dtype)
+            made = function(names[0], *entries) if named else function(*entries)
+            value = made.to(first.dtype if dtype is None else dtype)
             if any(value.data_ptr() == state[names[0]].data_ptr() for state in states):
                 value = value.clone()
         else:

@@ -93,3 +93,53 @@ def test_senseless_adapter_options_are_refused_by_name(options: dict[str, Any], 
 
 def test_every_common_peft_type_has_a_name() -> None:
     assert {"lora", "dora", "ia3", "prompt", "prefix", "adalora", "vera", "oft", "boft", "full"} <= set(TUNINGS.names())
+
+
+def lora_run(folder, model):
+    from mmalign.api import run
+
+    tree = {"method": "dpo", "model": {"path": model}, "run_dir": str(folder), "steps": 3, "encoding": {"max_length": 64},
+            "data": {"path": "asset:arithmetic", "limit": 16, "arguments": {"pairs": True, "levels": [1]}},
+            "batch": {"examples_per_update": 4}, "optimizers": [{"kind": "adamw", "lr": 1e-2}],
+            "tuning": {"name": "lora", "r": 4, "target_modules": "all-linear"}}
+    run(tree, quiet=True)
+    return str(folder / "model")
+
+
+def test_training_goes_on_with_the_adapter_of_a_loaded_model(tmp_path):
+    """As rounds of an online method do: no second adapter, the reference is the loaded one, the folder loads as before."""
+    import json
+    import math
+
+    from safetensors.torch import load_file
+
+    from mmalign.policies.loading import ModelOptions, load_policy
+    from mmalign.policies.provenance import read_provenance
+
+    first = lora_run(tmp_path / "one", "asset:tiny_llama")
+    second = lora_run(tmp_path / "two", first)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    before, after = (load_file(f"{folder}/adapter_model.safetensors") for folder in (first, second))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    record = read_provenance(second)
+    assert record["base_model"] == "asset:tiny_llama"  # not the first run's folder, whose adapter would be applied twice
+    assert record["started_from"] == first
+    policy = load_policy(ModelOptions(path=second))
+    from mmalign.policies.base import TextSampling
+
+    rollout = policy.sample(["1 + 1 ="], 2, TextSampling(max_new_tokens=4), torch.Generator().manual_seed(0))
+    assert len(rollout) == 2
+
+
+@pytest.mark.parametrize(("tuning", "key"), [
+    ({"name": "lora", "r": 8}, "tuning.r"), ({"name": "ia3"}, "tuning.name"),
+    ({"name": "lora", "r": 4, "target_modules": ["q_proj"]}, "tuning.target_modules"),
+])
+def test_another_adapter_on_top_of_a_loaded_one_is_refused(tuning, key, tmp_path):
+    from mmalign.policies.loading import ModelOptions, load_policy
+
+    loaded = load_policy(ModelOptions(path=lora_run(tmp_path, "asset:tiny_llama")))
+    with pytest.raises(ConfigError, match=key):
+        make_tuning(TuningOptions(**tuning)).apply(loaded, seed=0)

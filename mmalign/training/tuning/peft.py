@@ -13,6 +13,7 @@ from torch import nn
 from mmalign.core.seeding import derive_seed
 from mmalign.errors import ConfigError
 from mmalign.policies.base import Policy
+from mmalign.policies.modules import adapter_parameter_names, is_adapted, unwrap
 from mmalign.training.tuning.base import TUNINGS, FullTuning
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -83,6 +84,9 @@ class PeftTuning(FullTuning):
         config = self.config(policy)
         for parameter in policy.module.parameters():
             parameter.requires_grad_(False)
+        if is_adapted(policy.module):
+            self._continue(policy, config)
+            return
         # peft initialises from the global generator; fork it so that nothing else is disturbed.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "init", "adapter"))
@@ -97,6 +101,25 @@ class PeftTuning(FullTuning):
             if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()  # master weights of what learns stay in float32
 
+    def _continue(self, policy: Policy, config: Any) -> None:
+        """Go on training the adapter that the model was loaded with; a second one on top of it could not be exported."""
+        adapters = dict(unwrap(policy.module).peft_config)
+        name, loaded = next(iter(adapters.items()))
+        given = sorted({SPELLINGS.get(option, option) for option in self.options})
+        different = [option for option in given if not _same(getattr(config, option, None), getattr(loaded, option, None))]
+        if len(adapters) > 1 or loaded.peft_type != config.peft_type or different:
+            what = f"tuning.name: {self.type}"
+            if different and loaded.peft_type == config.peft_type:
+                what = f"tuning.{different[0]}: {getattr(config, different[0])!r} against {getattr(loaded, different[0])!r}"
+            raise ConfigError(f"{what}. The model is loaded with an adapter of its own ({loaded.peft_type.value.lower()}, "
+                              f"{name!r}): use its options to go on training it, or merge it first "
+                              "(mmalign export MODEL OUTPUT --kind merged)")
+        trained = adapter_parameter_names(policy.module)
+        for key, parameter in unwrap(policy.module).named_parameters():
+            if key in trained:
+                parameter.requires_grad_(True)
+                parameter.data = parameter.data.float()
+
     @staticmethod
     def _inject(policy: Policy, config: Any) -> None:
         from peft import get_peft_model, inject_adapter_in_model
@@ -108,6 +131,15 @@ class PeftTuning(FullTuning):
             module.add_adapter(config)
         else:
             inject_adapter_in_model(config, module)
+
+
+def _same(wanted: Any, found: Any) -> bool:
+    """Whether an option of a new adapter is that of a stored one, whose target modules are spelled out."""
+    if wanted == "all-linear":
+        return isinstance(found, (str, list, set, tuple))
+    if isinstance(wanted, (list, set, tuple)) and isinstance(found, (list, set, tuple)):
+        return set(wanted) == set(found)
+    return bool(wanted == found)
 
 
 def _register() -> None:

@@ -1,0 +1,1 @@
+"""Studies and evaluations of language models."""
