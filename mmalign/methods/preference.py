@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import model_validator
 
 from mmalign.config import bind
 from mmalign.core.preference import POINTWISE_LOSSES, PREFERENCE_LOSSES, TRL_LOSS_TYPES
 from mmalign.core.registry import Registry
 from mmalign.core.supervised import SUPERVISED_LOSSES
-from mmalign.data.preference import RankingPairs, column_names, pairs_of_rankings, rename_absent, unpair
+from mmalign.data.preference import Examples, RankingPairs, column_names, pairs_of_rankings, rename_absent, unpair
 from mmalign.errors import ConfigError, DataError
 from mmalign.methods.training import BuildContext, LossOptions, TrainingParts, loss_terms
 from mmalign.policies.base import Policy
-from mmalign.policies.reference import ReferenceOptions, make_reference
+from mmalign.policies.reference import PrecomputedReference, ReferenceOptions, make_reference
+from mmalign.training.checkpoint import atomic_folder, load_state, save_state
 from mmalign.training.experience import DatasetExperience
 from mmalign.training.objective import LossTerm
 from mmalign.training.options import TrainOptions
 from mmalign.training.preference import PairOptions, Preference
+from mmalign.training.tracking import ProgressBar
 
 Entry = dict[str, Any]
 COMPOSITE_LOSSES: Registry[Callable[..., list[Entry]]] = Registry("composite loss")
@@ -237,8 +240,40 @@ def _parts(
         raise DataError(f"data: column {missing[0]!r} is missing, which the losses or pairs.* need; columns are "
                         f"{', '.join(column_names(rows))}. Map yours with data.columns")
     examples = context.prepare(policy, rows, fields=objective.prepared_fields)
+    if isinstance(reference, PrecomputedReference):
+        store_reference_scores(reference, policy, examples, objective, context)
     experience = DatasetExperience(policy, examples, context.shape, seed=context.seed, rank=context.state.rank)
     provenance = {"reference": reference.identity} if reference is not None else {}
     return TrainingParts(policy, objective, experience, rows=len(examples), reference=reference, provenance=provenance)
 
 
+
+
+def store_reference_scores(
+    reference: PrecomputedReference, policy: Policy, examples: Examples, objective: Preference, context: BuildContext,
+) -> None:
+    """Score every sample of the data set with the policy as it is now, once: the first process does and writes them down.
+
+    They are kept in ``<stage folder>/reference``, so a resumed run reads them. Raises ConfigError for policies whose scores
+    need noise, which is drawn anew in every update.
+    """
+    folder = context.folder / "reference"
+    with context.accelerator.main_process_first():
+        if folder.is_dir():
+            state = load_state(folder)["reference"]
+            if state["identity"] == reference.identity:
+                reference.load_state_dict(state)
+                return
+        size = context.shape.examples_per_forward
+        with ProgressBar("reference scores", len(examples), quiet=context.quiet) as bar:
+            for start in range(0, len(examples), size):
+                rows = policy.encode_rows([examples[i] for i in range(start, min(start + size, len(examples)))])
+                blocks = objective.blocks(rows)
+                if policy.draw(blocks, torch.Generator().manual_seed(0)) is not None:
+                    raise ConfigError("reference.kind: precomputed holds scores of the rows alone; these depend on noise that is "
+                                      "drawn anew in every update. Use frozen_copy or adapter_off")
+                reference.precompute(blocks, rows_per_forward=len(blocks))
+                bar.update(start + len(rows), {})
+        if context.accelerator.is_main_process:
+            with atomic_folder(folder) as target:
+                save_state(target, {"reference": reference.state_dict()})

@@ -154,6 +154,10 @@ class Preference(PolicyObjective):
         """The first sample: its shape decides the shared noise."""
         return _samples(rows, self.fields[0])
 
+    def blocks(self, rows: Rows, fields: Sequence[str] = ()) -> Rows:
+        """The samples of all ``fields`` (default: all that the losses read), one block of rows after the other."""
+        return Rows.concat([_samples(rows, field) for field in fields or self.fields])
+
     def counts(self, update: UpdateBatch) -> dict[str, float]:
         """Pairs, and tokens of the supervised samples."""
         rows = update.parts[self.part]
@@ -271,7 +275,7 @@ class Preference(PolicyObjective):
         self, scorer: Scorer | None, rows: Rows, draw: Draw | None, fields: Sequence[str], want: Sequence[str] = (),
     ) -> dict[str, ActionScores]:
         assert scorer is not None
-        blocks = Rows.concat([_samples(rows, field) for field in fields])
+        blocks = self.blocks(rows, fields)
         joint = scorer.log_probs(blocks, draw=draw.repeat(len(fields)) if draw is not None else None, want=want)
         size = len(rows)
         return {field: joint.take(slice(i * size, (i + 1) * size)) for i, field in enumerate(fields)}
