@@ -19,6 +19,7 @@ from toys import BanditPolicy, FixedExperience, bandit_rows
 from mmalign.training.experience import BatchShape
 from mmalign.training.loop import CheckpointOptions, Loop, LoopOptions, make_accelerator
 from mmalign.training.objective import LossTerm, Supervised, TrainState, UpdateBatch
+from mmalign.training.preference import Preference
 from mmalign.training.optimizers import OptimizerOptions
 from mmalign.training.tracking import TrackingOptions
 
@@ -45,14 +46,24 @@ def main():
     cut = 5 if uneven else 4
     mine = rows if world == 1 else rows.take(range(cut) if rank == 0 else range(cut, 8))
     policy = Policy(Module())
-    loop = Loop(Supervised(policy, [LossTerm("nll", reduction=reduction)]), FixedExperience(mine, 8), policy,
+    if reduction in ("kto", "bco"):  # losses with a statistic over the rows of all processes
+        label = torch.arange(8) % 3 > 0
+        mine = mine.with_columns(label=label if world == 1 else label[:cut] if rank == 0 else label[cut:])
+        start = Module()
+        with torch.no_grad():
+            start.logits.mul_(0.3)
+        objective = Preference(policy, [LossTerm(reduction, {"beta": 0.5})], reference=BanditPolicy(start), unpaired=True)
+    else:
+        objective = Supervised(policy, [LossTerm("nll", reduction=reduction)])
+    loop = Loop(objective, FixedExperience(mine, 8), policy,
                 BatchShape(8, 2, 1, world), TrainState(seed=0, total_steps=1, rank=rank, world_size=world), options=options,
                 optimizers=[OptimizerOptions(kind="sgd", lr=1.0, max_grad_norm=None)], folder=folder, accelerator=accelerator)
     before = loop.bare["policy"].logits.detach().clone()
     record = loop.update(UpdateBatch({"train": mine}))
     if accelerator.is_main_process:
         gradient = (before - loop.bare["policy"].logits.detach()).flatten().tolist()
-        (folder / f"{world}.json").write_text(json.dumps({"gradient": gradient, "loss": record["loss"], "nll": record["nll"]}))
+        other = next(record[name] for name in ("nll", "kl", "shift") if name in record)
+        (folder / f"{world}.json").write_text(json.dumps({"gradient": gradient, "loss": record["loss"], "other": other}))
     # As run_training ends. A thread of gloo that still holds the tensors of the last collective needs the interpreter
     # to release them, and aborts the process when that is gone; a barrier holds none.
     accelerator.wait_for_everyone()
@@ -71,7 +82,7 @@ def launch(script: Path, folder: Path, processes: int, *arguments: str) -> dict[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reduction", ["token_mean", "seq_mean_token_mean"])
+@pytest.mark.parametrize("reduction", ["token_mean", "seq_mean_token_mean", "kto", "bco"])
 @pytest.mark.parametrize("split", ["even", "uneven"])
 def test_two_processes_give_the_gradient_of_one(reduction: str, split: str, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
@@ -79,5 +90,5 @@ def test_two_processes_give_the_gradient_of_one(reduction: str, split: str, tmp_
     one, two = (launch(script, tmp_path, processes, reduction, split) for processes in (1, 2))
     assert two["gradient"] == pytest.approx(one["gradient"], abs=1e-6)
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-6)
-    assert two["nll"] == pytest.approx(one["nll"], abs=1e-6)
+    assert two["other"] == pytest.approx(one["other"], abs=1e-6)
     assert max(abs(g) for g in one["gradient"]) > 1e-3  # type: ignore[union-attr]
