@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mmalign.config import apply_overrides, parse, read_yaml
+from mmalign.config import apply_overrides, parse
 from mmalign.methods.registry import METHODS
 from mmalign.methods.training import prepare_training
 from mmalign.stages import PlannedStage, load_plan, make_plan
@@ -52,7 +52,8 @@ def stages_on_stand_ins(path: Path, run_dir: Path) -> list[PlannedStage]:
         if stage.kind not in METHODS or METHODS.get(stage.kind).kind != "train":
             continue
         model = "asset:tiny_llama" if METHODS.get(stage.kind).modality == "text" else "asset:shapes_base"
-        tree = apply_overrides(stage.tree, [f"model={{path: {model}}}", "precision=float32", *STAND_INS.get(stage.kind, [f"data={{path: {rows}}}"])])
+        data = STAND_INS.get(stage.kind, [f"data={{path: {rows}}}"])
+        tree = apply_overrides(stage.tree, [f"model={{path: {model}}}", "precision=float32", *data])
         stages.append(make_plan({"method": stage.kind, **tree, "run_dir": str(run_dir / stage.name)},
                                 config_folder=path.parent).stages[0])
     return stages

@@ -126,50 +126,67 @@ def test_closed_forms_of_poft():
 # -- SELM on a tabular policy ------------------------------------------------------------------------------------------
 
 
-def selm_round(alpha: float, seed: int, *, prompts: int = 100, responses: int = 30) -> dict[str, float]:
-    """One iteration: greedy own sample, ranked against an offline pair, 40 steps of gradient descent on the summed loss."""
-    g = torch.Generator().manual_seed(seed)
-    logits = torch.randn(prompts, responses, generator=g, dtype=torch.float64) * 1.5
-    quality = torch.rand(prompts, responses, generator=g, dtype=torch.float64)
-    likely = logits.topk(5).indices
-    quality.scatter_(1, likely, 0.4 + 0.1 * quality.gather(1, likely))  # what the policy likes is mediocre
-    reference = logits.log_softmax(-1)
-    own = reference.argmax(-1)
-    offline = torch.multinomial(reference.exp(), 2, generator=g)
-    candidates = torch.cat([offline, own[:, None]], 1)
-    score = quality.gather(1, candidates)
-    chosen, rejected = (candidates.gather(1, pick[:, None]).squeeze(1) for pick in (score.argmax(1), score.argmin(1)))
-    leaf = logits.clone().requires_grad_()
-    optimizer = torch.optim.SGD([leaf], lr=2.0)
-    made = terms({"name": "selm", "beta": 0.1, "alpha": alpha})
+class Table:
+    """100 prompts with 30 answers each: quality is uniform, but what the policy likes most is mediocre."""
 
-    def ratio(index: Tensor) -> Tensor:
-        return (leaf.log_softmax(-1) - reference).gather(1, index[:, None]).squeeze(1)
+    def __init__(self, seed: int, *, prompts: int = 100, responses: int = 30) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.logits = torch.randn(prompts, responses, generator=self.generator, dtype=torch.float64) * 1.5
+        self.quality = torch.rand(prompts, responses, generator=self.generator, dtype=torch.float64)
+        likely = self.logits.topk(5).indices
+        self.quality.scatter_(1, likely, 0.4 + 0.1 * self.quality.gather(1, likely))
+        self.base = self.logits.softmax(-1)
 
-    for _ in range(40):
-        optimizer.zero_grad()
-        total = leaf.new_zeros(())
-        for term in made:
-            if term.weight:
+    def round(self, alpha: float) -> dict[str, float]:
+        """Greedy own answers, ranked against an offline pair, then 40 steps of gradient descent on the summed loss."""
+        reference = self.logits.log_softmax(-1)
+        own = reference.argmax(-1)
+        candidates = torch.cat([torch.multinomial(self.base, 2, generator=self.generator), own[:, None]], 1)
+        score = self.quality.gather(1, candidates)
+        chosen, rejected = (candidates.gather(1, pick[:, None]).squeeze(1) for pick in (score.argmax(1), score.argmin(1)))
+        leaf = self.logits.clone().requires_grad_()
+        optimizer = torch.optim.SGD([leaf], lr=2.0)
+        made = [term for term in terms({"name": "selm", "beta": 0.1, "alpha": alpha}) if term.weight]
+
+        def ratio(index: Tensor) -> Tensor:
+            return (leaf.log_softmax(-1) - reference).gather(1, index[:, None]).squeeze(1)
+
+        for _ in range(40):
+            optimizer.zero_grad()
+            total = leaf.new_zeros(())
+            for term in made:
                 inputs = (ratio(chosen), ratio(rejected)) if term.name == "sigmoid" else (ratio(own),)
                 total = total + term.weight * PREFERENCE_LOSSES.get(term.name).function(*inputs, **term.arguments).sum()
-        total.backward()
-        optimizer.step()
-    with torch.no_grad():
-        divergence = (reference.exp() * (reference - leaf.log_softmax(-1))).sum(1)
-        margin = ratio(chosen) - ratio(rejected)
+            total.backward()
+            optimizer.step()
+        with torch.no_grad():
+            divergence = (reference.exp() * (reference - leaf.log_softmax(-1))).sum(1)
+            margin = ratio(chosen) - ratio(rejected)
+        self.logits = leaf.detach()
         return {"kl": float(divergence.mean()), "margin own chosen": float(margin[own == chosen].mean()),
-                "margin own rejected": float(margin[own == rejected].mean())}
+                "margin own rejected": float(margin[own == rejected].mean()),
+                "quality": float((self.logits.softmax(-1) * self.quality).sum(1).mean())}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_selm_moves_further_from_its_reference_the_larger_alpha(seed):
     """Strictly, against iterative DPO (alpha 0) at equal steps; pairs whose chosen side is the own sample learn less."""
-    found = [selm_round(alpha, seed) for alpha in (0.0, 0.1, 0.3, 0.5)]
+    found = [Table(seed).round(alpha) for alpha in (0.0, 0.1, 0.3, 0.5)]
     for name, sign in (("kl", 1), ("margin own chosen", -1), ("margin own rejected", 1)):
         values = [sign * result[name] for result in found]
         assert values == sorted(values), name
         assert len(set(values)) == 4, name
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_selm_finds_better_answers_at_a_middle_alpha_and_worse_ones_at_a_large_one(seed):
+    """Expected quality after six rounds, against iterative DPO: an inverted U in alpha."""
+    ends = {}
+    for alpha in (0.0, 0.3, 1.0):
+        table = Table(seed, prompts=300)
+        ends[alpha] = [table.round(alpha)["quality"] for _ in range(6)][-1]
+    assert ends[0.3] > ends[0.0] + 0.005, ends
+    assert ends[1.0] < ends[0.0] - 0.005, ends
 
 
 def pipeline(folder: str, method: str, **options: Any) -> Any:
@@ -184,7 +201,8 @@ def test_selm_with_alpha_zero_is_iterative_dpo_bit_for_bit(tmp_path):
     from safetensors.torch import load_file
 
     weights = {}
-    for name, method, options in (("zero", "selm", {"alpha": 0.0}), ("plain", "iterative_dpo", {}), ("some", "selm", {"alpha": 0.5})):
+    runs = (("zero", "selm", {"alpha": 0.0}), ("plain", "iterative_dpo", {}), ("some", "selm", {"alpha": 0.5}))
+    for name, method, options in runs:
         pipeline(str(tmp_path / name), method, **options)
         weights[name] = load_file(tmp_path / name / "train_2" / "model" / "model.safetensors")
     assert all(torch.equal(weights["zero"][key], weights["plain"][key]) for key in weights["plain"])
