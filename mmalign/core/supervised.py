@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from mmalign.core.advantages import discounted_cumsum
 from mmalign.core.logprobs import ActionScores
 from mmalign.core.registry import Registry
 
@@ -82,6 +83,102 @@ def z_loss(scores: ActionScores) -> Tensor:
     Source: Chowdhery et al. 2022 (PaLM), arXiv 2204.02311, section 5.
     """
     return _needed(scores, "lse").square()
+
+
+PropagationNorm = Literal["l1", "l2", "softmax", "log"]
+PropagationSide = Literal["left", "right"]
+PropagationForm = Literal["product", "double_sum"]
+PropagationSource = Literal["loss", "mask"]
+
+
+def propagation_weights(
+    nll: Tensor, mask: Tensor, *, gamma: float = 0.95, norm: PropagationNorm = "l1", side: PropagationSide = "left",
+    form: PropagationForm = "product", source: PropagationSource = "loss", detach: bool = True,
+) -> Tensor:
+    """Weights ``[B, A]`` that let every token answer for the ones its choice leads to; mean 1 per row, 0 outside the mask.
+
+    With ``N`` actions in a row, ``l_t`` their losses and ``i`` counting actions from 0::
+
+        product     c_t = sum_{i >= t} gamma^(i - t) l_i / N,     w_t = N c_t / sum_t c_t
+        double_sum  c_i = (1 - gamma^(i + 1)) / (1 - gamma),      w_i = N c_i / sum_i c_i
+
+    ``product`` is the algorithm and the released code of intuitive fine-tuning (early tokens weigh more); ``double_sum``
+    is equation 21, ``sum_n sum_{i >= n} gamma^(i - n) l_i = sum_i c_i l_i``, scaled to mean 1 (late tokens weigh more).
+    Hua et al. 2024, arXiv 2405.11870. ``gamma`` 0 turns propagation off: all weights are 1, as in the code.
+
+    Args:
+        nll: ``[B, A]`` losses of the actions.
+        mask: ``[B, A]`` bool.
+        gamma: decay in [0, 1].
+        norm: what c is divided by: ``l1`` its mean, ``l2`` its root mean square (the mean is then at most 1), ``softmax``
+            ``N softmax(c)``, ``log`` the mean of ``log(1 + c)``, which replaces c.
+        side: ``left`` as above; ``right`` sums over ``i <= t`` and weighs by ``1 / (c_t + min c)``.
+        source: sum losses, or ones (``mask``).
+        detach: no gradient through the weights. Without it the sum of weight times loss may push a likely token down.
+
+    Raises ValueError for values outside these, shapes that differ, a row without actions, and a ``norm``, ``side`` or
+    ``source`` that ``double_sum`` cannot use.
+    """
+    _check_propagation(nll, mask, gamma, norm, side, form, source)
+    keep = mask.to(torch.bool)
+    size = keep.sum(1, keepdim=True).to(nll.dtype)
+    if bool((size == 0).any()):
+        raise ValueError(f"row {int((size[:, 0] == 0).nonzero()[0])} has no action to weigh; drop rows without learned tokens")
+    if gamma == 0:
+        return keep.to(nll.dtype)
+    values = torch.where(keep, nll.detach() if detach else nll, 0.0)
+    if form == "double_sum":
+        ones = keep.to(nll.dtype)
+        return _mean_one(discounted_cumsum(ones.flip(1), keep.flip(1), gamma).flip(1), keep, size)
+    values = keep.to(nll.dtype) if source == "mask" else values
+    if side == "left":
+        carried = discounted_cumsum(values, keep, gamma) / size
+    else:
+        carried = discounted_cumsum(values.flip(1), keep.flip(1), gamma).flip(1) / size
+        smallest = carried.masked_fill(~keep, torch.inf).amin(1, keepdim=True)
+        total = carried + smallest
+        flat = total <= torch.finfo(nll.dtype).tiny
+        carried = torch.where(keep, torch.where(flat, 1.0, 1.0 / torch.where(flat, 1.0, total)), 0.0)
+    if norm == "softmax":
+        return torch.softmax(carried.masked_fill(~keep, -torch.inf), 1) * size
+    if norm == "l2":
+        square = carried.square().sum(1, keepdim=True) / size
+        zero = square <= torch.finfo(nll.dtype).tiny
+        return torch.where(keep, torch.where(zero, 1.0, carried / torch.where(zero, 1.0, square).sqrt()), 0.0)
+    return _mean_one(carried.log1p() if norm == "log" else carried, keep, size)
+
+
+def _mean_one(values: Tensor, keep: Tensor, size: Tensor) -> Tensor:
+    total = values.sum(1, keepdim=True)
+    zero = total <= torch.finfo(values.dtype).tiny  # a row whose losses all vanish has nothing to propagate
+    return torch.where(keep, torch.where(zero, 1.0, values * size / torch.where(zero, 1.0, total)), 0.0)
+
+
+def _check_propagation(nll: Tensor, mask: Tensor, gamma: float, *choices: str) -> None:
+    if nll.dim() != 2 or nll.shape != mask.shape:
+        raise ValueError(f"nll and mask have shapes {tuple(nll.shape)} and {tuple(mask.shape)}; both are [B, A]")
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma is {gamma}; it must lie in [0, 1]")
+    names = (("norm", PropagationNorm), ("side", PropagationSide), ("form", PropagationForm), ("source", PropagationSource))
+    for (name, kind), value in zip(names, choices, strict=True):
+        if value not in get_args(kind):
+            raise ValueError(f"{name} is {value!r}; allowed are {', '.join(get_args(kind))}")
+    if choices[2] == "double_sum" and (choices[0], choices[1], choices[3]) != ("l1", "left", "loss"):
+        raise ValueError("form double_sum is a fixed coefficient of every action: norm l1, side left and source loss only")
+
+
+@supervised_loss("propagated_nll", aliases=("ift",))
+def propagated_nll(
+    scores: ActionScores, *, gamma: float = 0.95, norm: PropagationNorm = "l1", side: PropagationSide = "left",
+    form: PropagationForm = "product", source: PropagationSource = "loss", detach: bool = True,
+) -> Tensor:
+    """``w_t (-log p_t)`` with the weights of :func:`propagation_weights`, ``[B, A]``; meant for seq_mean_token_mean.
+
+    Source: Hua et al. 2024, arXiv 2405.11870, algorithm 1 (``product``) and equation 21 (``double_sum``).
+    """
+    weights = propagation_weights(-scores.logp, scores.mask, gamma=gamma, norm=norm, side=side, form=form, source=source,
+                                  detach=detach)
+    return weights * -scores.logp
 
 
 def neftune_noise(

@@ -172,6 +172,28 @@ def _languages(
     return make_languages(n, split=split, seed=seed, sizes=sizes, form=form, pairs=pairs)
 
 
+@asset("frozen_lake", kind="data", description="maps of ice and holes as text, with a shortest path, pairs or pictures",
+       size="built")
+def _frozen_lake(
+    n: int | None, *, split: str, seed: int, size: int = 4, holes: int = 3, pairs: bool = False, images: bool = False,
+) -> list[dict[str, Any]]:
+    from mmalign.data.frozen_lake import make_frozen_lake
+
+    return make_frozen_lake(512 if n is None else n, split=split, seed=seed, size=size, holes=holes, pairs=pairs, images=images)
+
+
+@asset("code_tree", kind="data", description="parents, paths, descriptions in a hierarchy of codes (objects, synthetic, ICD-10)",
+       size="built; ICD-10 in the packages of the extra hierarchy")
+def _code_tree(
+    n: int | None, *, split: str, seed: int, tree: str = "objects", kind: str | list[str] = "edges",
+    root: str | None = None, branching: int | None = None, depth: int | None = None,
+) -> list[dict[str, Any]]:
+    from mmalign.data.code_trees import make_tree_rows
+
+    own = {key: value for key, value in (("branching", branching), ("depth", depth)) if value is not None}
+    return make_tree_rows(n, seed=seed, tree=tree, kind=kind, root=root, **own)
+
+
 @asset("digits", kind="data", description="1797 hand-written digits with their class (needs scikit-learn)",
        size="inside scikit-learn")
 def _digits(n: int | None, *, split: str, seed: int, size: int = 32) -> list[dict[str, Any]]:

@@ -248,6 +248,8 @@ class TokenLayout:
     """``[R, T]`` int64: the segment a position may attend to besides its own (the shared prompt), else its own."""
     source: Tensor
     """``[N]`` flat index into ``R * T`` of the position whose hidden state predicts the action."""
+    token: Tensor
+    """``[N]`` flat index into ``R * T`` of the action's own token (never inside a shared prompt)."""
     target: Tensor
     """``[N]`` int64 token of the action."""
     row: Tensor
@@ -296,7 +298,7 @@ class TokenLayout:
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """This layout with its tensors on ``device``."""
-        names = ("input_ids", "position_ids", "segment_ids", "parent_ids", "source", "target", "row", "column",
+        names = ("input_ids", "position_ids", "segment_ids", "parent_ids", "source", "token", "target", "row", "column",
                  "last")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
@@ -454,6 +456,7 @@ def _assemble(kind: LayoutKind, scored: Sequence[ScoredRow], bins: list[list[_Tr
     if not needs_mask:
         positions += np.arange(length)
     sources: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)] * len(scored)
+    tokens: list[NDArray[np.int64]] = list(sources)
     last = np.zeros(len(scored), dtype=np.int64)
 
     def write(at: int, start: int, tokens: NDArray[np.int64], first: int, segment: int, parent: int) -> int:
@@ -475,6 +478,7 @@ def _assemble(kind: LayoutKind, scored: Sequence[ScoredRow], bins: list[list[_Tr
                 before = row.actions - 1  # the position that predicts each action, counted in its own row
                 offset = np.where(before < prefix, base, start - prefix)
                 sources[number] = at * length + offset + before
+                tokens[number] = at * length + start - prefix + row.actions
                 after = write(at, start, row.ids[prefix:], prefix, segment, root)
                 last[number] = at * length + (after - 1 if after > start else base + prefix - 1)
                 start = after
@@ -483,7 +487,7 @@ def _assemble(kind: LayoutKind, scored: Sequence[ScoredRow], bins: list[list[_Tr
     return TokenLayout(
         kind, len(scored), torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(segments),
         torch.from_numpy(parents),
-        source=torch.from_numpy(np.concatenate([empty, *sources])),
+        source=torch.from_numpy(np.concatenate([empty, *sources])), token=torch.from_numpy(np.concatenate([empty, *tokens])),
         target=torch.from_numpy(np.concatenate([empty, *(row.targets for row in scored)])),
         row=torch.from_numpy(np.repeat(np.arange(len(scored)), counts)),
         column=torch.from_numpy(np.concatenate([empty, *(np.arange(count) for count in counts)])),

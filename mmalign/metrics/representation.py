@@ -89,3 +89,26 @@ def representation_similarity(groups: Sequence[Tensor]) -> Tensor:
         raise DataError("a group's mean hidden state is zero; a cosine with it has no meaning")
     unit = means / norms
     return (unit @ unit.mT).clamp(-1, 1)
+
+
+@metric("hidden_state_similarity", higher_is_better=True)
+def hidden_state_similarity(first: Tensor, second: Tensor, *, centred: bool = False) -> Tensor:
+    """``[layers]`` float64: mean over rows of the cosine of two sets of hidden states ``[layers, N, H]``, row by row.
+
+    Two models on the same statements (how far training moved a layer), or one model on questions and on their answers.
+    ``centred`` first takes the mean over rows off each set: hidden states share a large common direction, which makes
+    plain cosines high everywhere. Zhang et al. 2025, arXiv 2511.05933. Raises DataError for shapes that differ or are no
+    ``[layers, N, H]``, for centring fewer than two rows, and for vectors without a direction.
+    """
+    if first.dim() != 3 or first.shape != second.shape or not first.shape[1]:
+        raise DataError(f"hidden states have shapes {tuple(first.shape)} and {tuple(second.shape)}; both must be the same "
+                        "[layers, N, H]: models of one depth and width on the same rows")
+    a, b = first.double(), second.double()
+    if centred:
+        if a.shape[1] < 2:
+            raise DataError("centred similarity needs at least two rows")
+        a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    sizes = a.norm(dim=-1), b.norm(dim=-1)
+    if not bool((sizes[0] > 0).all() and (sizes[1] > 0).all()):
+        raise DataError("a hidden state is zero (all rows alike, when centred); a cosine with it has no meaning")
+    return ((a * b).sum(-1) / (sizes[0] * sizes[1])).clamp(-1, 1).mean(1)

@@ -125,6 +125,19 @@ class TokenScores:
             raise RuntimeError(f"{type(self.model).__name__} ran without calling its backbone; hidden states are not reachable")
         return hidden.flatten(0, 1)
 
+    @torch.no_grad()
+    def greedy(self, layout: TokenLayout, *, chunk: int = 256) -> Tensor:
+        """``[N]`` int64: the likeliest token at the place of every action, ``chunk`` rows of logits at a time."""
+        if self.dense:
+            logits = self._call(layout, self.module, keep_logits=True).logits
+            assert logits is not None
+            likeliest: Tensor = logits.flatten(0, 1)[layout.source].argmax(-1)
+            return likeliest
+        head = self.output_head()
+        assert head is not None
+        hidden = self.hidden(layout)[layout.source]
+        return torch.cat([head.logits(part).argmax(-1) for part in hidden.split(chunk)] or [layout.target])
+
     def _backbone(self) -> nn.Module | None:
         backbone = self.model.base_model
         return None if backbone is self.model else backbone

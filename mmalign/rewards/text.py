@@ -14,6 +14,7 @@ import torch
 
 from mmalign.core.advantages import overlong_penalty
 from mmalign.errors import RewardError
+from mmalign.metrics.hierarchy import path_matching_score
 from mmalign.rewards.registry import reward
 
 Unit = Literal["tokens", "characters", "words"]
@@ -163,4 +164,51 @@ def overlong(
     """
     length = torch.tensor(lengths(completions, unit, completion_ids))
     values: list[float] = overlong_penalty(length, max_length=max_length, cache=cache).tolist()
+    return values
+
+
+_PATH = re.compile(r"\bpath\**\s*:\**\s*(.+)", re.IGNORECASE)
+_ANSWER = re.compile(r"\s*\b(?:final\s+)?answer\s*:", re.IGNORECASE)
+
+
+def read_path(text: str) -> list[str]:
+    """Nodes of the last ``Path: a > b > c`` in a text; without one, of the last line that has a ``>``; [] otherwise.
+
+    Of every part the first word counts, so that ``A00 (cholera) > A00.0`` reads as A00, A00.0; an ``Answer:`` ends the path.
+    """
+    found = _PATH.findall(text)
+    if not found:
+        found = [line for line in text.splitlines() if ">" in line]
+    if not found:
+        return []
+    parts = [part.split() for part in _ANSWER.split(found[-1])[0].split(">")]
+    nodes = [words[0].strip("`*\"'.,;:()[]") for words in parts if words]
+    return [node for node in nodes if node]
+
+
+@reward("path_score", range=(0, 1), needs=("path",))
+def path_score(
+    prompts: Sequence[Any], completions: Sequence[Any], path: Sequence[Any], *,
+    denominator: Literal["longest", "gold"] = "longest", order: Literal["down", "up"] = "down", **columns: Any,
+) -> list[float | None]:
+    """How well the path that a completion writes (``Path: a > b > c``) matches the column ``path``; 0 without one.
+
+    Harmonic mean of the F1 of the sets of nodes and of the longest common subsequence over the longer path (Zhang et al.
+    2025, arXiv 2511.05933). The column holds a list of nodes from the top down, or text with `` > `` between them;
+    ``order`` "up" says that completions are to be written from the node to the top. None where the path is None.
+    """
+    if order not in ("down", "up"):
+        raise RewardError(f"order={order!r} is unknown; allowed: down, up")
+    if denominator not in ("longest", "gold"):
+        raise RewardError(f"denominator={denominator!r} is unknown; allowed: longest, gold")
+    values: list[float | None] = []
+    for completion, gold in zip(completions, path, strict=True):
+        if gold is None:
+            values.append(None)
+            continue
+        nodes = [node.strip() for node in gold.split(">")] if isinstance(gold, str) else [str(node) for node in gold]
+        if not any(nodes):
+            raise RewardError("path is empty; drop the row or use null")
+        written = read_path(completion_text(completion))
+        values.append(path_matching_score(written if order == "down" else written[::-1], nodes, denominator=denominator))
     return values
