@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -296,3 +297,46 @@ def poft_optimum(teacher_right: float | None, *, noise: float, classes: int = 10
 ])
 def test_poft_beats_noise_exactly_as_far_as_its_teacher_does(teacher, noise, right):
     assert poft_optimum(teacher, noise=noise) == pytest.approx(right, abs=1e-3)
+
+
+# -- every name, from a configuration ------------------------------------------------------------------------------------
+
+EVERY_COLUMN = {"answer": "7", "chosen": " seven or so", "rejected": " eight", "gold": " It is seven.", "generated": " nine",
+                "margin": 0.5, "win_prob": 0.8, "weight": 1.0}
+
+
+@pytest.fixture(scope="module")
+def every_column(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i} + {7 - i} =", **EVERY_COLUMN}) + "\n" for i in range(8)))
+    return str(path)
+
+
+def first_record(folder, method: str, data: str, losses: list[dict[str, Any]], **options: Any) -> dict[str, float]:
+    tree = {"method": method, "model": {"path": "asset:tiny_llama"}, "data": {"path": data}, "losses": losses, "steps": 1,
+            "batch": {"examples_per_update": 8, "examples_per_forward": 8}, "run_dir": str(folder), **options}
+    run(tree, quiet=True)
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+
+
+@pytest.mark.parametrize("name", [*sorted(set(PREFERENCE_LOSSES.names()) - {"poft"}), *COMPOSITE_LOSSES.names()])
+def test_dpo_takes_every_loss_by_name_and_its_first_step_has_a_gradient(name, every_column, tmp_path):
+    record = first_record(tmp_path, "dpo", every_column, [{"name": name}])
+    assert math.isfinite(record["loss"])
+    assert record["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("name", POINTWISE_LOSSES.names())
+def test_kto_takes_every_point_loss_by_name(name, every_column, tmp_path):
+    assert first_record(tmp_path, "kto", every_column, [{"name": name}])["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("pairs", [
+    {"divergence": "js"}, {"divergence": "forward_kl"}, {"divergence": "alpha"}, {"tail_weight": 0.5}, {"weights": "wpo"},
+    {"weights": "column"}, {"margin": True},
+], ids=str)
+def test_variants_from_a_configuration(pairs, every_column, tmp_path):
+    record = first_record(tmp_path, "dpo", every_column, [{"name": "sigmoid"}], pairs=pairs)
+    assert record["grad_norm"] > 0
+    if pairs == {"margin": True}:  # beta (u_w - u_l) - m at u = 0
+        assert record["loss"] == pytest.approx(math.log1p(math.exp(0.5)), abs=1e-5)
