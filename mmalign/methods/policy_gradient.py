@@ -14,6 +14,7 @@ from mmalign.policies.base import Policy, TextSampling
 from mmalign.policies.reference import ReferenceOptions, make_reference
 from mmalign.policies.value import ValueFunction
 from mmalign.rewards.base import RewardOptions
+from mmalign.training.dynamic_sampling import DynamicSamplingOptions
 from mmalign.training.experience import RolloutExperience, RolloutSettings
 from mmalign.training.options import TrainOptions
 from mmalign.training.policy_gradient import KLOptions, PolicyGradient, PolicyLoss, PolicyLossOptions
@@ -46,6 +47,8 @@ class PolicyGradientOptions(TrainOptions):
     """The frozen model of the divergence; not loaded when kl.coef is 0."""
     drop_flat_groups: bool = False
     """Leave groups whose rewards are all equal out of the update (their gradient is zero)."""
+    dynamic_sampling: DynamicSamplingOptions | None = None
+    """Sample until enough groups have rewards that differ, instead of training on those that come; null does not."""
     mask_truncated: bool = False
     """Give completions that hit the length limit no loss; their reward still enters the baseline."""
 
@@ -57,6 +60,9 @@ def check_text_sampling(sampling: TextSampling) -> None:
     if sampling.truncated:
         raise ConfigError("sampling.top_k and sampling.top_p: truncated sampling draws from another distribution than the one "
                           "that is scored, which biases the gradient; use top_k 0 and top_p 1")
+    if sampling.min_new_tokens:
+        raise ConfigError("sampling.min_new_tokens: forbidding the end token draws from another distribution than the one that "
+                          "is scored, which biases the gradient; use 0, and a reward that asks for length")
 
 
 SCALED = ("grpo", "grpo_batch_std", "reinforce_pp_baseline", "prompt_statistics")
@@ -87,11 +93,13 @@ def policy_gradient_parts(
         sampling, advantage, passes=options.batch.passes_per_rollout, action_fraction=options.batch.action_fraction,
         kl=options.kl, kl_advantage=kl_advantage, advantage_clip=options.advantage.clip,
         missing_eos_penalty=missing_eos_penalty, mask_truncated=options.mask_truncated,
-        drop_flat_groups=options.drop_flat_groups,
+        drop_flat_groups=options.drop_flat_groups, dynamic_sampling=options.dynamic_sampling,
     )
     objective = PolicyGradient(
         policy, PolicyLoss(name, arguments, options.loss.reduction, options.loss.norm_length), temperature=temperature,
-        on_policy=context.shape.updates_per_rollout == 1, kl=options.kl, entropy_coef=options.loss.entropy_coef,
+        # Groups left over by dynamic sampling come from the policy before: their ratio is not 1.
+        on_policy=context.shape.updates_per_rollout == 1 and options.dynamic_sampling is None,
+        kl=options.kl, entropy_coef=options.loss.entropy_coef,
         value=value, value_coef=value_coef, value_clip=value_clip,
     )
     experience = RolloutExperience(
@@ -140,6 +148,15 @@ def check_combination(
     if options.drop_flat_groups and estimator == "gae":
         raise ConfigError("drop_flat_groups: a value function learns from groups without spread too, and gae compares nothing "
                           "within groups; set it to false")
+    if options.dynamic_sampling is not None and estimator == "gae":
+        raise ConfigError("dynamic_sampling: a value function learns from groups without spread too, and gae compares nothing "
+                          "within groups; leave it out")
+    if options.dynamic_sampling is not None and options.dynamic_sampling.mode != "any" and completions < 2:
+        raise ConfigError(f"dynamic_sampling.mode: {options.dynamic_sampling.mode} compares the samples of a prompt and needs "
+                          "batch.completions_per_prompt of at least 2")
+    if options.dynamic_sampling is not None and loss == "reinforce":
+        raise ConfigError("dynamic_sampling: groups left over are from the policy before, which loss reinforce takes for the "
+                          "current one; use ppo_clip, gspo or cispo")
     if placement is not None and options.reference.kind == "none":
         raise ConfigError("reference.kind: none leaves nothing for kl.coef to compare with; set kl.coef: 0")
     if placement is not None and options.reference.kind == "precomputed":
@@ -149,6 +166,9 @@ def check_combination(
 
 def _advantages(options: PolicyGradientOptions) -> tuple[Any, Any, Any, Any]:
     """Estimator and statistics of the reward, and of the divergence where it has an advantage of its own."""
+    if options.advantage.name == "remax":
+        raise ConfigError("advantage.name: remax compares with the greedy sample of a prompt, and rollouts draw none; use rloo, "
+                          "grpo or reinforce")
     if not options.kl.coef or options.kl.placement != "advantage":
         return *advantage_function(options.advantage), None, None
     unclipped = options.advantage.model_copy(update={"clip": None})  # the difference is clipped, not its parts

@@ -156,14 +156,14 @@ def length_penalty(
 @reward("overlong", aliases=("soft_overlong",), range=(-1, 0))
 def overlong(
     prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]] | None = None, *,
-    max_length: int, cache: int, unit: Unit = "tokens", **columns: Any,
+    max_length: int, cache_length: int, unit: Unit = "tokens", **columns: Any,
 ) -> list[float]:
     """Soft overlong punishment of DAPO (Yu et al. 2025, arXiv 2503.14476, eq. 13).
 
-    0 up to ``max_length - cache``, then falling linearly to -1 at ``max_length``, and -1 beyond.
+    0 up to ``max_length - cache_length``, then falling linearly to -1 at ``max_length``, and -1 beyond.
     """
     length = torch.tensor(lengths(completions, unit, completion_ids))
-    values: list[float] = overlong_penalty(length, max_length=max_length, cache=cache).tolist()
+    values: list[float] = overlong_penalty(length, max_length=max_length, cache=cache_length).tolist()
     return values
 
 

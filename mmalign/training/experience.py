@@ -18,6 +18,7 @@ from mmalign.errors import ConfigError
 from mmalign.policies.base import Policy, Rollout, Scorer
 from mmalign.policies.value import ValueFunction
 from mmalign.rewards.base import RewardSet
+from mmalign.training.dynamic_sampling import DynamicSampling, DynamicSamplingOptions
 from mmalign.training.objective import TrainState, UpdateBatch
 from mmalign.training.rollout_advantages import (
     GAE,
@@ -176,13 +177,16 @@ class RolloutSettings:
     """Subtracted from the reward of samples that were cut off."""
     mask_truncated: bool = False
     drop_flat_groups: bool = False
+    dynamic_sampling: DynamicSamplingOptions | None = None
+    """Sample until enough groups pass a filter; None takes the groups as they come."""
     columns: Sequence[str] = field(default_factory=tuple)
 
 
 class RolloutExperience:
     """Sample, reward, compare within groups, and train: every rollout of the current policy gives some updates.
 
-    Order of one rollout: draw prompts, sample G completions each, score every reward, score the reference and the value
+    Order of one rollout: draw prompts, sample G completions each, score every reward (again with other prompts while
+    dynamic sampling lacks groups), score the reference and the value
     function where they are needed, compute advantages, then yield ``passes`` shuffled passes over it. Rows made but not
     yet trained on are part of the state, so a resumed run never samples again.
     """
@@ -200,6 +204,9 @@ class RolloutExperience:
         self.sampler = EpochSampler(len(examples), seed=state.seed, shuffle=True)
         self.pending: list[Rows] = []
         self.metrics: dict[str, float] = {}
+        self.dynamic: DynamicSampling | None = None
+        if settings.dynamic_sampling is not None:
+            self.dynamic = DynamicSampling(settings.dynamic_sampling, rewards, shape.prompts_per_rollout // shape.world_size)
         if isinstance(settings.advantage, GAE) and value is None:
             raise ConfigError("advantage: gae estimates advantages with a value function, and this method has none; use method "
                               "ppo, or a group estimator such as grpo or rloo")
@@ -217,7 +224,8 @@ class RolloutExperience:
         """Where the divergence enters; None without one."""
         return self.settings.kl.placement if self.reference is not None and self.settings.kl is not None else None
 
-    def _rollout(self) -> tuple[list[Rows], dict[str, float]]:
+    def _sample(self) -> Rollout:
+        """Completions of the next prompts, with their rewards."""
         state, shape = self.state, self.shape
         chosen = self.sampler.take(shape.prompts_per_rollout)[state.rank :: shape.world_size]
         examples = [self.examples[i] for i in chosen]
@@ -232,9 +240,18 @@ class RolloutExperience:
             name: [examples[i][name] for i in at] for name in examples[0] if name != "prompt"
         }
         with self.timer.phase("reward"):
-            rollout = self.rewards.score(rollout, step=state.step)
+            return self.rewards.score(rollout, step=state.step)
+
+    def _rollout(self) -> tuple[list[Rows], dict[str, float]]:
+        state = self.state
+        if self.dynamic is None:
+            rollout = sampled = self._sample()
+            figures: dict[str, float] = {}
+        else:
+            rollout, sampled, figures = self.dynamic.collect(self._sample)
+        # Figures are of all samples: those of the groups that a filter kept say nothing about the policy.
+        metrics = self.rewards.metrics(sampled) | rollout_metrics(sampled, self.rewards.total(sampled)) | figures
         total = self.rewards.total(rollout)
-        metrics = self.rewards.metrics(rollout) | rollout_metrics(rollout, total)
         if self.settings.missing_eos_penalty and rollout.finish_reason:
             cut = torch.tensor([reason == "length" for reason in rollout.finish_reason])
             total = total - self.settings.missing_eos_penalty * cut
@@ -353,6 +370,7 @@ class RolloutExperience:
             "metrics": self.metrics, "statistics": self.statistics.state_dict() if self.statistics else {},
             "kl_statistics": self.kl_statistics.state_dict() if self.kl_statistics else {},
             "rewards": self.rewards.state_dict(),
+            "dynamic_sampling": self.dynamic.state_dict() if self.dynamic else {},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -361,6 +379,8 @@ class RolloutExperience:
         self.pending = [Rows(columns) for columns in state["pending"]]
         self.metrics = dict(state["metrics"])
         self.rewards.load_state_dict(state["rewards"])
+        if self.dynamic:
+            self.dynamic.load_state_dict(state["dynamic_sampling"])
         if self.statistics:
             self.statistics.load_state_dict(state["statistics"])
         if self.kl_statistics:

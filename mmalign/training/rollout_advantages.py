@@ -169,6 +169,11 @@ def mean_over_ranks(values: Tensor) -> tuple[float, int]:
     return float(total[0]) / max(float(total[1]), 1.0), int(total[1])
 
 
+def sum_counts_over_ranks(count: int) -> int:
+    """``count`` summed over all processes."""
+    return int(_summed(torch.tensor([float(count)], dtype=torch.float64))[0])
+
+
 def _distributed() -> bool:
     return bool(torch.distributed.is_available() and torch.distributed.is_initialized())
 

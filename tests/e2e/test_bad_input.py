@@ -58,6 +58,8 @@ def refused(tree: Tree, folder: Path, error: type[MmalignError], *parts: str) ->
     (grpo(loss={"name": "ppo_clip", "clip_lo": 0.1}), ["loss.clip_lo", "clip_low"]),
     (grpo(advantage={"name": "grpoo"}), ["advantage.name", "grpo"]),
     (grpo(kl={"coef": 0.1, "estimator": "k1"}), ["kl", "k1", "gradient"]),
+    (grpo(advantage={"name": "remax"}), ["advantage.name", "greedy"]),
+    (grpo(sampling={"min_new_tokens": 2}), ["sampling.min_new_tokens"]),
     (grpo(sampling={"temperature": 0}), ["sampling.temperature"]),
     (grpo(sampling={"top_p": 0.9}), ["sampling.top_p"]),
     (grpo(batch={"prompts_per_rollout": 2, "completions_per_prompt": 1}), ["completions_per_prompt"]),

@@ -79,7 +79,7 @@ def test_lengths():
     assert within_length(None, texts, max_length=6, unit="characters") == [0, 1]
     assert within_length(None, texts, max_length=9, min_length=2, unit="words") == [1, 0]
     assert length_penalty(None, texts, ids, max_length=6) == [-0.5, -1]
-    assert overlong(None, ["x"] * 4, [[0] * n for n in (4096, 6144, 8192, 9000)], max_length=8192, cache=4096) == [
+    assert overlong(None, ["x"] * 4, [[0] * n for n in (4096, 6144, 8192, 9000)], max_length=8192, cache_length=4096) == [
         0, -0.5, -1, -1,
     ]
     with pytest.raises(RewardError, match="needs completion_ids"):

@@ -16,6 +16,7 @@ import json, sys
 from pathlib import Path
 import torch
 from toys import BanditPolicy, FixedExperience, bandit_rows
+from mmalign.training.discriminative import ConstraintOptions, Discriminative
 from mmalign.training.experience import BatchShape
 from mmalign.training.loop import CheckpointOptions, Loop, LoopOptions, make_accelerator
 from mmalign.training.objective import LossTerm, Supervised, TrainState, UpdateBatch
@@ -43,7 +44,11 @@ def main():
     accelerator = make_accelerator(options, folder)
     world, rank = accelerator.num_processes, accelerator.process_index
     rows = bandit_rows(8, seed=3)
-    cut = 5 if uneven else 4
+    cut = 4 if not uneven else 6 if reduction == "disco" else 5
+    if reduction == "disco":  # groups of two rows are never split; the old policy is elsewhere, so that the constraint acts
+        with torch.no_grad():
+            old = BanditPolicy().log_probs(rows)
+        rows = rows.with_columns(advantages=torch.tensor([1.0, -1.0] * 3 + [1.0, 1.0]), old_logp=(old.logp + 0.1) * old.mask)
     mine = rows if world == 1 else rows.take(range(cut) if rank == 0 else range(cut, 8))
     policy = Policy(Module())
     if reduction in ("kto", "bco"):  # losses with a statistic over the rows of all processes
@@ -53,6 +58,8 @@ def main():
         with torch.no_grad():
             start.logits.mul_(0.3)
         objective = Preference(policy, [LossTerm(reduction, {"beta": 0.5})], reference=BanditPolicy(start), unpaired=True)
+    elif reduction == "disco":
+        objective = Discriminative(policy, tau=0.5, kl=ConstraintOptions(penalty=10.0), rows_per_forward=2, world_size=world)
     else:
         objective = Supervised(policy, [LossTerm("nll", reduction=reduction)])
     loop = Loop(objective, FixedExperience(mine, 8), policy,
@@ -62,7 +69,7 @@ def main():
     record = loop.update(UpdateBatch({"train": mine}))
     if accelerator.is_main_process:
         gradient = (before - loop.bare["policy"].logits.detach()).flatten().tolist()
-        other = next(record[name] for name in ("nll", "kl", "shift") if name in record)
+        other = next(record[name] for name in ("nll", "kl", "shift", "kl_old") if name in record)
         (folder / f"{world}.json").write_text(json.dumps({"gradient": gradient, "loss": record["loss"], "other": other}))
     # As run_training ends. A thread of gloo that still holds the tensors of the last collective needs the interpreter
     # to release them, and aborts the process when that is gone; a barrier holds none.
@@ -82,7 +89,7 @@ def launch(script: Path, folder: Path, processes: int, *arguments: str) -> dict[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reduction", ["token_mean", "seq_mean_token_mean", "kto", "bco"])
+@pytest.mark.parametrize("reduction", ["token_mean", "seq_mean_token_mean", "kto", "bco", "disco"])
 @pytest.mark.parametrize("split", ["even", "uneven"])
 def test_two_processes_give_the_gradient_of_one(reduction: str, split: str, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
