@@ -97,6 +97,15 @@ def test_gradients_of_every_parameter(trainer, model_folder, rows, name, layout)
     assert_same_gradients(policy.module, trainer.model, relative=2e-5)
 
 
+@pytest.mark.parametrize("name", sorted(set(TRL_LOSS_TYPES) - {"sft", "sigmoid", "ipo", "aot"}))
+def test_gradients_of_the_other_loss_types(trainer, model_folder, rows, name):
+    options = OPTIONS.get(name, {})
+    their_loss(trainer, [name], **options).backward()
+    policy, objective, ours = our_objective(model_folder, [LossTerm(TRL_LOSS_TYPES[name], {"beta": BETA, **options})], rows)
+    our_loss(objective, ours).backward()
+    assert_same_gradients(policy.module, trainer.model, relative=2e-5)
+
+
 def test_weighted_lists_of_losses(trainer, model_folder, rows):
     """RPO (sigmoid + nll) and MPO (sigmoid + bco + nll)."""
     for types, weights in ((["sigmoid", "sft"], [1.0, 0.7]), (["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0])):

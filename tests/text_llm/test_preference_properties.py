@@ -104,3 +104,84 @@ def test_a_likelihood_term_holds_the_chosen_answer_that_the_pair_loss_lets_fall(
         assert metrics[0]["rewards/desirable"] == pytest.approx(0.0, abs=1e-5)
         last = {key: sum(record[key] for record in metrics[-5:]) / 5 for key in ("rewards/desirable", "rewards/undesirable")}
         assert last["rewards/desirable"] > last["rewards/undesirable"] + 0.02, last
+
+
+def test_the_margin_of_ipo_settles_at_its_target_while_that_of_sigmoid_keeps_growing():
+    """Separable pairs of a table, gradient descent: 1 / (2 beta) = 5, and no end."""
+    margins = {}
+    for name in ("ipo_sum", "sigmoid"):
+        logits = torch.zeros(4, 2, dtype=torch.float64, requires_grad=True)
+        seen = []
+        for _ in range(4):
+            for _ in range(500):
+                ratios = logits.log_softmax(-1) - math.log(0.5)
+                (gradient,) = torch.autograd.grad(
+                    PREFERENCE_LOSSES.get(name).function(ratios[:, 0], ratios[:, 1], beta=0.1).mean(), logits)
+                with torch.no_grad():
+                    logits -= 0.5 * gradient / gradient.norm().clamp(min=1.0)
+            seen.append(float((logits[:, 0] - logits[:, 1]).mean().detach()))
+        margins[name] = seen
+    assert margins["ipo_sum"][0] == pytest.approx(5.0, abs=1e-3)
+    assert margins["ipo_sum"][-1] == pytest.approx(5.0, abs=1e-6)
+    assert margins["sigmoid"] == sorted(margins["sigmoid"])
+    assert margins["sigmoid"][-1] > margins["sigmoid"][0] + 5
+
+
+# -- PoFT among noisy rows ---------------------------------------------------------------------------------------------
+
+
+def noisy_rows(folder: Path, seed: int) -> tuple[str, list[bool]]:
+    """Sums, half of which carry the answer of another one."""
+    from mmalign.data.assets import asset_rows
+
+    rows = [dict(row) for row in asset_rows("asset:arithmetic", split="train", n=120, seed=seed, levels=[1])]
+    noisy = [i % 2 == 1 for i in range(len(rows))]
+    moved = [row["completion"] for row, bad in zip(rows, noisy, strict=True) if bad]
+    others = iter(moved[7:] + moved[:7])
+    for row, bad in zip(rows, noisy, strict=True):
+        if bad:
+            row["completion"] = next(others)
+    path = folder / "rows.jsonl"
+    folder.mkdir(parents=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path), noisy
+
+
+def mean_log_probs_of(model: str, rows: list[dict[str, Any]]) -> torch.Tensor:
+    policy = load_policy(ModelOptions(path=model), encoding=TextEncoding(max_length=128))
+    prepared, _ = policy.prepare_dataset([{k: row[k] for k in ("prompt", "completion")} for row in rows])
+    with torch.no_grad():
+        return policy.log_probs(policy.encode_rows(prepared)).sequence("mean")[0]
+
+
+@pytest.mark.slow
+def test_poft_counts_noisy_rows_less_and_less(tmp_path):
+    """Weights tau = sigmoid(r - A): lower on shuffled rows, falling as the student fits. Clean rows end further above shuffled
+    ones than after plain likelihood at half the learning rate (tau starts near one half), in every seed."""
+    from datasets import load_from_disk
+
+    for seed in range(3):
+        teacher, _ = trained(tmp_path / f"teacher{seed}", "sft", seed, "asset:tiny_llama", steps=150,
+                             data={"path": "asset:arithmetic", "limit": 120, "arguments": {"levels": [1]}})
+        data, noisy = noisy_rows(tmp_path / f"rows{seed}", seed)
+        tree = {"method": "poft", "seed": seed, "model": {"path": "asset:tiny_llama"}, "data": {"path": data},
+                "teachers": [{"path": teacher}], "encoding": {"max_length": 128}, "run_dir": str(tmp_path / f"poft{seed}"),
+                "train": {"batch": {"examples_per_update": 16}, "steps": 150, "optimizers": [{"kind": "adamw", "lr": 2e-3}]}}
+        manifests = run(tree, quiet=True)
+        student = manifests["train"]["outputs"]["model"]
+        plain, _ = trained(tmp_path / f"sft{seed}", "sft", seed, "asset:tiny_llama", steps=150, data={"path": data},
+                           losses=[{"name": "nll", "reduction": "seq_mean_token_mean"}],
+                           optimizers=[{"kind": "adamw", "lr": 1e-3}])
+        rows = [dict(row) for row in load_from_disk(manifests["scores"]["outputs"]["data"])]
+        weights = {}
+        for name, model in (("start", "asset:tiny_llama"), ("end", student)):
+            tau = torch.sigmoid(torch.tensor([row["teacher_logp"] for row in rows]) - mean_log_probs_of(model, rows))
+            bad = torch.tensor(noisy)
+            weights[name] = (float(tau[~bad].mean()), float(tau[bad].mean()))
+        assert weights["end"][1] < weights["end"][0] - 0.05, weights
+        assert weights["end"][1] < weights["start"][1], weights
+        gaps = {}
+        for name, model in (("poft", student), ("sft", plain)):
+            scores = mean_log_probs_of(model, rows)
+            gaps[name] = float(scores[~bad].mean() - scores[bad].mean())
+        assert gaps["poft"] > gaps["sft"], gaps
