@@ -269,7 +269,7 @@ def store_reference_scores(
             for start in range(0, len(examples), size):
                 rows = policy.encode_rows([examples[i] for i in range(start, min(start + size, len(examples)))])
                 blocks = objective.blocks(rows)
-                if policy.draw(blocks, torch.Generator().manual_seed(0)) is not None:
+                if start == 0 and policy.draw(blocks, torch.Generator().manual_seed(0)) is not None:
                     raise ConfigError("reference.kind: precomputed holds scores of the rows alone; these depend on noise that is "
                                       "drawn anew in every update. Use frozen_copy or adapter_off")
                 reference.precompute(blocks, rows_per_forward=len(blocks))

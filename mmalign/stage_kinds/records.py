@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -64,6 +65,15 @@ def _join(folders: Sequence[Path], target: Path) -> None:
     with atomic_folder(target) as folder:
         joined.save_to_disk(str(folder))
 
+
+
+def write_csv(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Records as a CSV file whose columns are those of any record, in the order they appear; an empty file for none."""
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        if records:
+            writer = csv.DictWriter(stream, list(dict.fromkeys(name for record in records for name in record)))
+            writer.writeheader()
+            writer.writerows(records)
 
 
 def sample_records(rollout: Rollout, examples: Sequence[Mapping[str, Any]], *, first_group: int = 0) -> list[dict[str, Any]]:

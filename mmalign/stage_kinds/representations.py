@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +15,11 @@ from mmalign.config import Options
 from mmalign.data.balance import group_rows
 from mmalign.data.chat import TextEncoding
 from mmalign.data.loading import DataOptions, load_rows
-from mmalign.errors import ConfigError, DataError
+from mmalign.errors import ConfigError
 from mmalign.metrics.representation import neuron_importance, representation_similarity
+from mmalign.policies.hidden_states import collect_hidden_states
 from mmalign.policies.loading import ModelOptions, load_policy
+from mmalign.stage_kinds.records import write_csv
 from mmalign.stages import StageContext, StageResult, stage
 from mmalign.training.checkpoint import atomic_folder
 
@@ -70,11 +70,11 @@ def representations(options: RepresentationsOptions, context: StageContext) -> S
         found = neuron_importance(modules, [partial(_mean_nll, policy, batch) for batch in batches])
         importance += [{"group": name, "layer": _layer(module), "component": module.rpartition(".")[2],
                         "importance": float(values.sum())} for module, values in found.items()]
-        hidden.append(torch.cat([last_hidden_states(network, batch) for batch in batches], dim=1))
+        hidden.append(torch.cat([collect_hidden_states(policy.module, _padded(batch)) for batch in batches], dim=1))
     similarity = representation_similarity(hidden)
     with atomic_folder(context.folder / "tables") as folder:
-        _write(folder / "importance.csv", importance)
-        _write(folder / "similarity.csv", [
+        write_csv(folder / "importance.csv", importance)
+        write_csv(folder / "similarity.csv", [
             {"layer": layer, "first": a, "second": b, "cosine": float(similarity[layer, i, j])}
             for layer in range(len(similarity)) for i, a in enumerate(groups) for j, b in enumerate(groups) if i < j])
     metrics = _summary(importance, similarity, list(groups))
@@ -96,21 +96,13 @@ def _mean_nll(policy: Any, batch: Sequence[Mapping[str, Any]]) -> Tensor:
     return loss
 
 
-@torch.no_grad()
-def last_hidden_states(network: Any, batch: Sequence[Mapping[str, Any]]) -> Tensor:
-    """``[layers + 1, N, H]``: hidden state of every row's last token after the embedding and after each layer."""
-    lengths = [len(example["input_ids"]) for example in batch]
-    ids = torch.zeros(len(batch), max(lengths), dtype=torch.long)
-    mask = torch.zeros_like(ids)
+def _padded(batch: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    width = max(len(example["input_ids"]) for example in batch)
+    ids, mask = (torch.zeros(len(batch), width, dtype=torch.long) for _ in range(2))
     for row, example in enumerate(batch):
-        ids[row, : lengths[row]] = torch.tensor(example["input_ids"])
-        mask[row, : lengths[row]] = 1
-    device = next(network.parameters()).device
-    states = network(input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True).hidden_states
-    if not states:
-        raise DataError("the model gives no hidden states")
-    last = torch.tensor(lengths, device=device) - 1
-    return torch.stack([state[torch.arange(len(batch), device=device), last].float().cpu() for state in states])
+        size = len(example["input_ids"])
+        ids[row, :size], mask[row, :size] = torch.tensor(example["input_ids"]), 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _layer(name: str) -> int:
@@ -130,14 +122,6 @@ def _summary(importance: Sequence[Mapping[str, Any]], similarity: Tensor, groups
     if pairs:
         metrics["similarity"] = float(torch.stack([similarity[:, i, j].mean() for i, j in pairs]).mean())
     return metrics
-
-
-def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        if records:
-            writer = csv.DictWriter(stream, list(records[0]))
-            writer.writeheader()
-            writer.writerows(records)
 
 
 def _table(metrics: Mapping[str, float], title: str) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from rich.table import Table
 from mmalign.config import Options
 from mmalign.errors import ConfigError
 from mmalign.metrics.statistics import mean_and_error
+from mmalign.stage_kinds.records import write_csv
 from mmalign.stages import StageContext, StageResult, is_main_process, stage
 from mmalign.training.checkpoint import atomic_folder
 
@@ -79,12 +79,12 @@ def response_surface(options: ResponseSurfaceOptions, context: StageContext) -> 
     target = context.folder / "surface"
     if is_main_process():
         with atomic_folder(target) as folder:
-            _write(folder / "runs.csv", [
+            write_csv(folder / "runs.csv", [
                 {**cell.model_dump(exclude={"folder"}), **found} for cell, found in zip(options.cells, numbers, strict=True)])
-            _write(folder / "summary.csv", [
+            write_csv(folder / "summary.csv", [
                 {"budget": budget, "share": share, "measure": measure, "mean": mean, "error": error, "runs": count}
                 for (budget, share), (mean, error, count) in summary.items()])
-            _write(folder / "isoquant.csv", [{"share": share, "budget": budget} for share, budget in reached.items()])
+            write_csv(folder / "isoquant.csv", [{"share": share, "budget": budget} for share, budget in reached.items()])
             draw(summary, best, folder / "surface.png", measure=measure, start=start, target=options.target)
         if not context.quiet:
             Console(stderr=True).print(_table(summary, best, context.name, measure))
@@ -166,14 +166,6 @@ def _measure(asked: str | None, found: Mapping[str, float]) -> str:
             raise ConfigError("measure: the evaluations measured nothing")
         return names[0]
     return next((name for name in (asked, f"eval/{asked}") if name in names), asked)
-
-
-def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        if records:
-            writer = csv.DictWriter(stream, list(dict.fromkeys(name for record in records for name in record)))
-            writer.writeheader()
-            writer.writerows(records)
 
 
 def _table(surface: Surface, best: Mapping[float, float], title: str, measure: str) -> Table:

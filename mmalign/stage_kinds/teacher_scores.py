@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from mmalign.config import Options
-from mmalign.core.logprobs import sequence_log_prob
 from mmalign.core.selection import kept_count, top_k_indices
 from mmalign.data.chat import TextEncoding
 from mmalign.data.loading import DataOptions, load_rows
 from mmalign.errors import ConfigError, DataError, NoRowsLeftError
 from mmalign.policies.base import Policy
 from mmalign.policies.loading import ModelOptions, load_policy
+from mmalign.stage_kinds.likelihood import row_nll
 from mmalign.stage_kinds.records import Chunk, write_in_chunks
 from mmalign.stages import StageContext, StageResult, stage
 
@@ -130,9 +130,6 @@ def mean_log_probs(policy: Policy, examples: Sequence[dict[str, Any]], rows_per_
     order = sorted(range(len(prepared)), key=lambda i: len(prepared[i]["input_ids"]))  # rows of like length share a forward
     for start in range(0, len(order), rows_per_forward):
         part = [prepared[i] for i in order[start : start + rows_per_forward]]
-        with torch.no_grad():
-            scores = policy.log_probs(policy.encode_rows(part))
-        means, _ = sequence_log_prob(scores.logp, scores.mask, reduce="mean")
-        for row, value in zip(part, means.tolist(), strict=True):
-            values[int(row["id"])] = value
+        for row, (nll, tokens) in zip(part, row_nll(policy, part), strict=True):
+            values[int(row["id"])] = -nll / tokens
     return values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +28,7 @@ from mmalign.metrics.hierarchy import (
 from mmalign.metrics.statistics import mean_and_error
 from mmalign.policies.loading import ModelOptions, load_policy
 from mmalign.rewards.text import completion_text
-from mmalign.stage_kinds.records import write_in_chunks
+from mmalign.stage_kinds.records import write_csv, write_in_chunks
 from mmalign.stage_kinds.sampling import sampling_for
 from mmalign.stages import StageContext, StageResult
 from mmalign.training.checkpoint import atomic_folder
@@ -244,15 +243,6 @@ def numbers(
             if values:
                 metrics[f"{name}/{curve.replace(', ', '/').replace(' ', '_')}"] = sum(values) / len(values)
     return metrics
-
-
-def write_csv(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Records as a CSV file; an empty file for none."""
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        if records:
-            writer = csv.DictWriter(stream, list(records[0]))
-            writer.writeheader()
-            writer.writerows(records)
 
 
 def table_of(results: Sequence[Mapping[str, Any]], title: str) -> Table:
