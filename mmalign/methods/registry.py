@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
@@ -28,6 +28,18 @@ class Pipeline:
     stages: list[dict[str, Any]]
     outputs: dict[str, str]
     """Outputs of the method as a whole, each as ``INNER.OUTPUT``; ``model`` by convention is the final model."""
+
+
+def as_given(options: Options) -> dict[str, Any]:
+    """What a configuration said of a node, without defaults: a stage entry takes its own."""
+    tree: dict[str, Any] = options.model_dump(exclude_unset=True)
+    return tree
+
+
+def model_of_stage(model: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """The ``model:`` node for what the inner ``stage`` made: ``model``'s precision, device and the like, with other weights."""
+    kept = {key: value for key, value in model.items() if key not in ("path", "adapter", "gguf_file", "revision")}
+    return {**kept, "path": f"${{stages.{stage}.model}}"}
 
 
 @dataclass(frozen=True)

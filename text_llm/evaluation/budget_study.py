@@ -8,7 +8,7 @@ from mmalign.config import Options
 from mmalign.data.loading import DataOptions
 from mmalign.data.mixture import split_budget
 from mmalign.errors import ConfigError
-from mmalign.methods.registry import Pipeline, method
+from mmalign.methods.registry import Pipeline, method, model_of_stage
 from mmalign.policies.loading import ModelOptions
 
 DEFAULT_BATCH = 16
@@ -115,8 +115,7 @@ def _model(start: dict[str, Any], rows: int, pairs: int, seed: int) -> dict[str,
     if not rows and not pairs:
         return start
     stage = f"dpo-{rows}-{pairs}-seed{seed}" if pairs else f"sft-{rows}-seed{seed}"
-    own = {key: value for key, value in start.items() if key not in ("path", "adapter", "gguf_file", "revision")}
-    return {**own, "path": f"${{stages.{stage}.model}}"}
+    return model_of_stage(start, stage)
 
 
 def _batched(node: dict[str, Any], count: int, key: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from mmalign.config import Options
 from mmalign.data.balance import BalanceOptions
 from mmalign.data.loading import DataOptions
-from mmalign.methods.registry import Pipeline, method
+from mmalign.methods.registry import Pipeline, method, model_of_stage
 from mmalign.policies.loading import ModelOptions
 
 
@@ -73,22 +73,16 @@ def fuxitranyu(options: FuxiTranyuOptions) -> Pipeline:
             data = {"path": "${stages.filter.data}"}
         stages.append({"name": "cpt", "method": "continued_pretraining", "model": model, "mixture": mixture,
                        **options.cpt, "data": data})
-        model, last = _after(start, "cpt"), "cpt"
+        model, last = model_of_stage(start, "cpt"), "cpt"
         evaluate("cpt")
     if options.sft is not None:
         stages.append({"name": "sft", "method": "sft", "model": model, "mixture": mixture, "neftune_noise_alpha": 5.0,
                        **options.sft})
-        model, last = _after(start, "sft"), "sft"
+        model, last = model_of_stage(start, "sft"), "sft"
         evaluate("sft")
     if options.preference is not None:
         stages.append({"name": "preference", "method": "dpo", "model": model, "losses": [{"name": "sigmoid", "beta": 0.01}],
                        **options.preference})
-        model, last = _after(start, "preference"), "preference"
+        model, last = model_of_stage(start, "preference"), "preference"
         evaluate("preference")
     return Pipeline(stages, {"model": f"{last}.model", "folder": f"{last}.folder"})
-
-
-def _after(start: dict[str, Any], stage: str) -> dict[str, Any]:
-    """The model a stage made, loaded like the first one."""
-    own = {key: value for key, value in start.items() if key not in ("path", "adapter", "gguf_file", "revision")}
-    return {**own, "path": f"${{stages.{stage}.model}}"}

@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field
 
 from mmalign.config import Options
 from mmalign.data.loading import DataOptions
-from mmalign.methods.registry import Pipeline, method
+from mmalign.methods.registry import Pipeline, method, model_of_stage
 from mmalign.policies.loading import ModelOptions
 from mmalign.rewards.base import RewardOptions
 
@@ -102,8 +102,7 @@ def rso_stages(options: RSOOptions) -> list[dict[str, Any]]:
     stages: list[dict[str, Any]] = []
     if options.sft is not None:
         stages.append({"name": "sft", "method": "sft", "model": model, **options.sft})
-        model = {key: value for key, value in model.items() if key not in ("adapter", "gguf_file", "revision")}
-        model["path"] = "${stages.sft.model}"
+        model = model_of_stage(model, "sft")
     losses: list[dict[str, Any]] = [{"name": options.loss, "beta": options.gamma}]
     if options.slic_reg:
         losses.append({"name": "nll", "on": "gold", "weight": options.slic_reg})

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from mmalign.config import Options
 from mmalign.data.loading import DataOptions
 from mmalign.methods.preference import COMPOSITE_LOSSES
-from mmalign.methods.registry import Pipeline, method
+from mmalign.methods.registry import Pipeline, as_given, method, model_of_stage
 from mmalign.policies.loading import ModelOptions
 from mmalign.rewards.base import RewardOptions
 
@@ -88,8 +88,8 @@ class SELMOptions(IterativeDPOOptions):
 
 def iterations(options: IterativeDPOOptions) -> Pipeline:
     """The stages of sample, rank, train, as often as asked for."""
-    model, data = _given(options.model), _given(options.data)
-    rewards = [_given(reward) for reward in options.rewards]
+    model, data = as_given(options.model), as_given(options.data)
+    rewards = [as_given(reward) for reward in options.rewards]
     rounds = options.iterations + options.first_offline
     stages: list[dict[str, Any]] = []
     if options.evaluation is not None:
@@ -110,19 +110,12 @@ def iterations(options: IterativeDPOOptions) -> Pipeline:
                 {"name": f"train_{number}", "method": "dpo", "model": model,
                  "data": {"path": f"${{stages.rank_{number}.data}}"}, "losses": options.losses(), **settings},
             ]
-        model = {**model, "path": f"${{stages.train_{number}.model}}"}
-        model.pop("adapter", None)
-        model.pop("gguf_file", None)
+        model = model_of_stage(model, f"train_{number}")
     if options.evaluation is not None:
         stages.append({"name": "after", "kind": "evaluate", "model": model, "rewards": rewards, **options.evaluation,
                        "compare_with": "${stages.before.folder}"})
     last = f"train_{rounds}"
     return Pipeline(stages, {"model": f"{last}.model", "folder": f"{last}.folder", "metrics": f"{last}.metrics"})
-
-
-def _given(options: Any) -> dict[str, Any]:
-    tree: dict[str, Any] = options.model_dump(exclude_unset=True)
-    return tree
 
 
 @method("selm", options=SELMOptions, modality="text", kind="pipeline", paper="Zhang et al., 2024, arXiv 2405.19332")

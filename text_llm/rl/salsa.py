@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mmalign.config import Options
 from mmalign.data.loading import DataOptions
-from mmalign.methods.registry import Pipeline, method
+from mmalign.methods.registry import Pipeline, as_given, method, model_of_stage
 from mmalign.policies.loading import ModelOptions
 from mmalign.rewards.base import RewardOptions
 
@@ -64,17 +64,13 @@ class SALSAOptions(Options):
                              "ppo")
 
 
-def _given(options: Options) -> dict[str, Any]:
-    return options.model_dump(exclude_unset=True)
-
-
 @method("salsa", options=SALSAOptions, modality="text", kind="pipeline", paper="Chegini et al., 2024, arXiv 2411.01798")
 def salsa(options: SALSAOptions) -> Pipeline:
     """Fine-tune a base model twice, average the two, and run PPO from one of them with the average as its reference."""
-    model, runs = _given(options.model), len(options.sft_runs)
+    model, runs = as_given(options.model), len(options.sft_runs)
     stages: list[dict[str, Any]] = []
     for number, own in enumerate(options.sft_runs, start=1):
-        rows = _given(options.sft_data) | ({"part": f"{number}/{runs}"} if options.split_data else {})
+        rows = as_given(options.sft_data) | ({"part": f"{number}/{runs}"} if options.split_data else {})
         stages.append({"name": f"sft{number}", "method": "sft", "model": model, "data": rows, **options.sft, **own})
     checkpoints = [f"${{stages.sft{number}.model}}" for number in range(1, runs + 1)]
     shares = options.weights or [1 / runs] * runs
@@ -84,10 +80,9 @@ def salsa(options: SALSAOptions) -> Pipeline:
     reference: dict[str, Any] = {"kind": "auto"}
     if options.anchor == "soup":
         reference = {"kind": "soup", "checkpoints": checkpoints, "weights": shares}
-    start = {key: value for key, value in model.items() if key not in ("adapter", "gguf_file", "revision")}
     stages.append({
-        "name": "ppo", "method": "ppo", "model": {**start, "path": f"${{stages.{options.init}.model}}"},
-        "data": _given(options.data), "rewards": [_given(reward) for reward in options.rewards], "reference": reference,
+        "name": "ppo", "method": "ppo", "model": model_of_stage(model, options.init),
+        "data": as_given(options.data), "rewards": [as_given(reward) for reward in options.rewards], "reference": reference,
         **options.ppo,
     })
     return Pipeline(stages, {"model": "ppo.model", "folder": "ppo.folder", "metrics": "ppo.metrics"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmalign.config import Options
-from mmalign.methods.registry import Pipeline, method
+from mmalign.methods.registry import Pipeline, method, model_of_stage
 from mmalign.policies.loading import ModelOptions
 
 STAGES = ("cpt", "sft", "preference")
@@ -82,13 +82,13 @@ def domain_adaptation(options: DomainAdaptationOptions) -> Pipeline:
         node = dict(getattr(options, name))
         chosen = node.pop("method", "dpo") if name == "preference" else {"cpt": "continued_pretraining", "sft": "sft"}[name]
         stages.append({"name": name, "method": chosen, "model": model, **node})
-        model, output = _trained(start, name), name
+        model, output = model_of_stage(start, name), name
         stages += _evaluations(options, name, model)
         if name in merged:
             merge = f"merge_{name}"
             stages.append({"name": merge, "kind": "merge", "models": [general, f"${{stages.{name}.model}}"],
                            "merge": SLERP, **(options.merge or {})})
-            stages += _evaluations(options, merge, _trained(start, merge))
+            stages += _evaluations(options, merge, model_of_stage(start, merge))
             stages += [
                 {"name": f"{merge}-{label}-gain", "kind": "compare_parents", "first": f"${{stages.general-{label}.folder}}",
                  "second": f"${{stages.{name}-{label}.folder}}", "merged": f"${{stages.{merge}-{label}.folder}}"}
@@ -96,12 +96,6 @@ def domain_adaptation(options: DomainAdaptationOptions) -> Pipeline:
             ]
             output = merge
     return Pipeline(stages, {"model": f"{output}.model", "folder": f"{output}.folder"})
-
-
-def _trained(start: dict[str, Any], stage: str) -> dict[str, Any]:
-    """The model a stage made, loaded like the first one."""
-    own = {key: value for key, value in start.items() if key not in ("path", "adapter", "gguf_file", "revision")}
-    return {**own, "path": f"${{stages.{stage}.model}}"}
 
 
 def _evaluations(options: DomainAdaptationOptions, label: str, model: dict[str, Any]) -> list[dict[str, Any]]:
