@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.core.logprobs import ActionScores
-from mmalign.data.chat import IGNORED, PreparationReport, TextEncoder, TextEncoding, decode_completion, encode_dataset
+from mmalign.data.chat import IGNORED, TextEncoder, TextEncoding, decode_completion
 from mmalign.data.packing import PAIRS_PER_TOKEN, LayoutMode, TokenLayout, choose_layout, scored_rows
 from mmalign.data.preference import rotate_completions
 from mmalign.data.rows import Rows
@@ -21,12 +21,13 @@ from mmalign.policies.base import Draw, Rollout, TextSampling
 from mmalign.policies.engines import ENGINES, RolloutEngine, RolloutResult
 from mmalign.policies.modules import evaluating, is_adapted, is_peft_model, module_identity, prompt_learning, unwrap
 from mmalign.policies.pretrained import load_causal_lm
+from mmalign.policies.token_rows import TokenRows
 from mmalign.policies.token_scores import TokenScores
 
 logger = logging.getLogger(__name__)
 
 
-class CausalLMPolicy:
+class CausalLMPolicy(TokenRows):
     """A causal language model behind the :class:`~mmalign.policies.base.Policy` contract.
 
     Rows hold ``input_ids`` and ``labels`` (lists of equal length; -100 = not an action). Column ``a`` of every score is
@@ -160,19 +161,6 @@ class CausalLMPolicy:
 
     # -- data ------------------------------------------------------------------------------------------------------
 
-    def prepare_dataset(
-        self, examples: Sequence[Mapping[str, Any]], *, fields: tuple[str, ...] = (),
-    ) -> tuple[Sequence[Mapping[str, Any]], PreparationReport]:
-        """Tokenise a data set and set its labels (:func:`mmalign.data.chat.encode_dataset`)."""
-        return encode_dataset(examples, self.tokenizer, self.encoding, fields=fields)
-
-    def encode_rows(self, examples: Sequence[Mapping[str, Any]]) -> Rows:
-        """Columns of prepared examples; raises DataError for rows that were not prepared."""
-        rows = Rows.from_examples(examples)
-        if len(rows) and not any(name.endswith("input_ids") for name in rows):
-            raise DataError(f"rows hold no token ids (columns: {', '.join(rows)}); encode them with prepare_dataset first")
-        return rows
-
     def mismatched_rows(self, rows: Rows) -> Rows:
         """Every prompt with the completion of another row, for KTO's offset."""
         return rotate_completions(rows, max_length=self.encoder.max_length)
@@ -184,10 +172,6 @@ class CausalLMPolicy:
         counts = torch.tensor([len(row.actions) for row in scored_rows(rows)], dtype=torch.long)
         width = max(1, int(counts.max())) if len(counts) else 1
         return torch.arange(width) < counts[:, None]
-
-    def draw(self, rows: Rows, generator: torch.Generator) -> Draw | None:
-        """None: scores of text are deterministic."""
-        return None
 
     def token_layout(self, rows: Rows) -> TokenLayout:
         """How ``rows`` would be laid out for a forward pass, on the CPU."""

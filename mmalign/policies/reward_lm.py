@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmalign.core.logprobs import ActionScores
 from mmalign.core.seeding import generator
-from mmalign.data.chat import PreparationReport, TextEncoder, TextEncoding, encode_dataset
+from mmalign.data.chat import TextEncoder, TextEncoding
 from mmalign.data.progress import without_transformers_bars
 from mmalign.data.rows import Rows
 from mmalign.errors import CheckpointError, ConfigError, DataError, MmalignError
@@ -26,12 +26,13 @@ from mmalign.policies.base import Draw
 from mmalign.policies.loading import ModelOptions, base_of_adapter, resolve_model_path
 from mmalign.policies.modules import evaluating, is_adapted, is_peft_model, module_identity, unwrap
 from mmalign.policies.pretrained import DTYPES, default_device
+from mmalign.policies.token_rows import TokenRows
 from mmalign.policies.token_scores import language_model
 
 logger = logging.getLogger(__name__)
 
 
-class RewardPolicy:
+class RewardPolicy(TokenRows):
     """A sequence classifier with one label behind the scorer's contract: a row has one action, whose value is its score.
 
     Rows hold ``input_ids`` (ragged lists; ``labels`` are not read). ``log_probs`` gives ``logp[B, 1]`` = the reward, so
@@ -130,19 +131,6 @@ class RewardPolicy:
 
     # -- data --------------------------------------------------------------------------------------------------------
 
-    def prepare_dataset(
-        self, examples: Sequence[Mapping[str, Any]], *, fields: tuple[str, ...] = (),
-    ) -> tuple[Sequence[Mapping[str, Any]], PreparationReport]:
-        """Tokenise a data set (:func:`mmalign.data.chat.encode_dataset`)."""
-        return encode_dataset(examples, self.tokenizer, self.encoding, fields=fields)
-
-    def encode_rows(self, examples: Sequence[Mapping[str, Any]]) -> Rows:
-        """Columns of prepared examples; raises DataError for rows that were not prepared."""
-        rows = Rows.from_examples(examples)
-        if len(rows) and not any(name.endswith("input_ids") for name in rows):
-            raise DataError(f"rows hold no token ids (columns: {', '.join(rows)}); encode them with prepare_dataset first")
-        return rows
-
     def encode_sample(self, prompt: Any, completion: Any) -> list[int]:
         """Ids of a prompt with its completion as in training, cut at the window."""
         samples = self.encoder.samples({"prompt": prompt, "completion": completion})
@@ -156,10 +144,6 @@ class RewardPolicy:
     def action_mask(self, rows: Rows) -> Tensor:
         """``[B, 1]``, all True: a row has one score."""
         return torch.ones(len(rows), 1, dtype=torch.bool)
-
-    def draw(self, rows: Rows, generator: torch.Generator) -> Draw | None:
-        """None: scores are deterministic."""
-        return None
 
     def log_probs(
         self, rows: Rows, *, draw: Draw | None = None, temperature: float = 1.0, want: Iterable[str] = (),
