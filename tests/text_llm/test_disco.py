@@ -7,32 +7,24 @@ import math
 from pathlib import Path
 from typing import Any
 
+import prepared_runs
 import pytest
+from prepared_runs import rollout_tree
 
-from mmalign.config import parse
 from mmalign.errors import ConfigError, RewardError
-from mmalign.methods.registry import METHODS
-from mmalign.methods.training import prepare_training
-from mmalign.stages import load_plan, make_plan, run_plan
+from mmalign.stages import load_plan, run_plan
 from mmalign.training.loop import Loop
 from mmalign.training.objective import UpdateBatch
 from text_llm.rl.disco import DiscoLossOptions
 
 
 def tree(**changes: Any) -> dict[str, Any]:
-    return {
-        "method": "disco", "model": {"path": "asset:tiny_llama"}, "data": {"path": "asset:arithmetic", "limit": 16},
-        "rewards": [{"name": "within_length", "max_length": 4}], "sampling": {"max_new_tokens": 6, "temperature": 0.6},
-        "batch": {"prompts_per_rollout": 4, "completions_per_prompt": 4, "examples_per_update": 8}, "steps": 2,
-        "optimizers": [{"lr": 1e-3}], **changes,
-    }
+    batch = {"prompts_per_rollout": 4, "completions_per_prompt": 4, "examples_per_update": 8}
+    return rollout_tree(0.6, **{"method": "disco", "batch": batch, **changes})
 
 
 def prepared(folder: Path, **changes: Any) -> Any:
-    planned = make_plan({**tree(**changes), "run_dir": str(folder)}, config_folder=folder).stages[0]
-    method = METHODS.get("disco")
-    return prepare_training(method, parse(method.options, planned.tree), folder=folder, seed=0, config_folder=folder,
-                            fingerprint="", quiet=True)
+    return prepared_runs.prepared(tree(**changes), folder)
 
 
 @pytest.mark.parametrize(("loss", "tau"), [

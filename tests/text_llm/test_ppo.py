@@ -7,16 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import prepared_runs
 import pytest
 import torch
+from prepared_runs import rollout_tree
 from torch import Tensor
 
-from mmalign.config import parse
 from mmalign.data.assets import asset_path
 from mmalign.data.rows import Rows
 from mmalign.errors import ConfigError
-from mmalign.methods.registry import METHODS
-from mmalign.methods.training import prepare_training
 from mmalign.policies.causal_lm import CausalLMPolicy
 from mmalign.policies.loading import ModelOptions
 from mmalign.policies.value import SeparateValue, SharedValue, ValueOptions, make_value
@@ -36,19 +35,12 @@ def policy() -> CausalLMPolicy:
 
 
 def tree(**changes: Any) -> dict[str, Any]:
-    return {
-        "method": "ppo", "model": {"path": "asset:tiny_llama"}, "data": {"path": "asset:arithmetic", "limit": 16},
-        "rewards": [{"name": "within_length", "max_length": 4}], "sampling": {"max_new_tokens": 6, "temperature": 0.7},
-        "batch": {"prompts_per_rollout": 8, "examples_per_update": 4, "passes_per_rollout": 2}, "steps": 2,
-        "optimizers": [{"lr": 1e-3}], **changes,
-    }
+    batch = {"prompts_per_rollout": 8, "examples_per_update": 4, "passes_per_rollout": 2}
+    return rollout_tree(0.7, **{"method": "ppo", "batch": batch, **changes})
 
 
 def prepared(folder: Path, **changes: Any) -> Any:
-    planned = make_plan({**tree(**changes), "run_dir": str(folder)}, config_folder=folder).stages[0]
-    method = METHODS.get("ppo")
-    return prepare_training(method, parse(method.options, planned.tree), folder=folder, seed=0, config_folder=folder,
-                            fingerprint="", quiet=True)
+    return prepared_runs.prepared(tree(**changes), folder)
 
 
 # -- value functions -----------------------------------------------------------------------------------------------------
