@@ -72,6 +72,7 @@ def bind(component: Component, function: Callable[..., Any], *, key: str, ignore
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in set(ignore)
     }
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    hints = _hints(function)
     checked = {}
     for name, value in component.arguments.items():
         if name not in parameters:
@@ -80,6 +81,9 @@ def bind(component: Component, function: Callable[..., Any], *, key: str, ignore
                 continue
             raise ConfigError(_unknown_key(f"{key}.{name}", name, parameters))
         default = parameters[name].default
+        allowed = hints.get(name)
+        if typing.get_origin(allowed) is typing.Literal and value not in typing.get_args(allowed):
+            raise ConfigError(f"{key}.{name}: {value!r} is not one of {', '.join(map(str, typing.get_args(allowed)))}")
         if isinstance(default, float) and not isinstance(value, bool) and isinstance(value, (int, float, str)):
             try:
                 value = float(value)
@@ -92,6 +96,14 @@ def bind(component: Component, function: Callable[..., Any], *, key: str, ignore
     if missing:
         raise ConfigError(f"{key}: {component.name!r} needs {', '.join(f'{key}.{name}' for name in missing)}")
     return checked
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Annotations of a function, or of a class's constructor; {} where they cannot be read."""
+    try:
+        return typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    except (NameError, TypeError, AttributeError):
+        return {}
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

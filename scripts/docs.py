@@ -82,12 +82,13 @@ def names(registry: Registry[Any], name: str) -> str:
 
 def methods_page() -> str:
     """The tables of methods, losses, advantages, rewards, tuning modes and assets."""
-    from mmalign.core.advantages import ADVANTAGES, PromptStatistics
+    from mmalign.core.advantages import ADVANTAGES
     from mmalign.core.policy_gradient import POLICY_LOSSES
     from mmalign.core.preference import POINTWISE_LOSSES
     from mmalign.core.reduce import REDUCTIONS
     from mmalign.core.supervised import SUPERVISED_LOSSES
     from mmalign.methods.preference import COMPOSITE_LOSSES
+    from mmalign.training.advantages import STATISTICS
     from mmalign.training.tuning import TUNINGS
 
     parts = [NOTE, "# Methods\n", table(("method", "modality", "what it does", "paper"), _method_rows())]
@@ -104,8 +105,8 @@ def methods_page() -> str:
               table(("name", "within a row", "divided by"), [_reduction_row(REDUCTIONS, name) for name in REDUCTIONS])]
     parts += ["\n## Advantages\n", "`advantage:` of the policy-gradient methods. NaN rewards get 0 and stay out of baselines.\n"]
     rows = [(names(ADVANTAGES, n), options_of(ADVANTAGES.get(n)), sentence(ADVANTAGES.get(n))) for n in ADVANTAGES]
-    statistics = ("`prompt_statistics`", options_of(PromptStatistics), sentence(PromptStatistics))
-    parts.append(table(("name", "options", "meaning"), [*rows, statistics]))
+    rows += [(f"`{name}`", options_of(make), sentence(make)) for name, make in STATISTICS.items()]
+    parts.append(table(("name", "options", "meaning"), rows))
     parts += ["\n## Rewards\n", REWARD_NOTE, _reward_table()]
     parts += ["\n## Tuning modes\n", TUNING_NOTE, ", ".join(f"`{name}`" for name in TUNINGS) + ".\n"]
     parts += ["\n## Assets\n", "Models and data sets for `asset:NAME`.\n", _asset_table()]

@@ -117,7 +117,8 @@ class StageCheck:
         from mmalign.core.supervised import SUPERVISED_LOSSES
         from mmalign.methods.policy_gradient import PolicyGradientOptions
         from mmalign.methods.preference import PreferenceOptions, UnpairedOptions, preference_terms
-        from mmalign.methods.training import advantage_function, loss_terms
+        from mmalign.methods.training import loss_terms
+        from mmalign.training.advantages import advantage_function
 
         losses, key = getattr(options, "losses", None), f"{self.prefix}losses"
         if isinstance(losses, list):

@@ -11,8 +11,8 @@ from typing import Any
 
 _MODULES = {
     "advantages": (
-        "ADVANTAGES", "PromptStatistics", "advantage", "combine_rewards", "discounted_cumsum", "flat_groups", "gae",
-        "group_advantages", "group_filter", "overlong_penalty", "shape_rewards", "whiten",
+        "ADVANTAGES", "PromptStatistics", "RunningMean", "advantage", "combine_rewards", "discounted_cumsum", "flat_groups",
+        "gae", "group_advantages", "group_filter", "overlong_penalty", "shape_rewards", "whiten",
     ),
     "constraints": ("adaptive_coefficient", "hinge_penalty"),
     "denoising": (
@@ -34,7 +34,7 @@ _MODULES = {
     "registry": ("Registry",),
     "seeding": ("derive_seed", "generator"),
     "selection": ("best_of_group", "best_worst_pair", "kept_count", "majority_vote", "top_k_indices"),
-    "supervised": ("SUPERVISED_LOSSES", "neftune_noise", "supervised_loss"),
+    "supervised": ("SUPERVISED_LOSSES", "length_normalised", "mle_aug", "mml", "neftune_noise", "supervised_loss"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

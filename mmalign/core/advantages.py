@@ -111,24 +111,76 @@ def grpo_batch_std(rewards: Tensor, group: Tensor, *, ddof: int = 1, eps: float 
 def reinforce(rewards: Tensor, group: Tensor, *, baseline: Literal["batch_mean", "none"] = "batch_mean") -> Tensor:
     """``r - mean of the batch``, or the reward itself. Williams 1992."""
     values, _, _, valid = _checked(rewards, group)
+    if baseline not in ("batch_mean", "none"):
+        raise ValueError(f"baseline is {baseline!r}; allowed are batch_mean and none; advantage running_mean keeps one")
     shift = values[valid].mean() if baseline == "batch_mean" and bool(valid.any()) else 0.0
     return torch.where(valid, values - shift, 0.0).float()
 
 
 @advantage("reinforce_pp_baseline")
-def reinforce_pp_baseline(rewards: Tensor, group: Tensor, *, ddof: int = 1, eps: float = 1e-8) -> Tensor:
-    """``whiten(r - group mean)`` over the batch. REINFORCE++ with baseline: Hu et al. 2025, arXiv 2501.03262."""
+def reinforce_pp_baseline(
+    rewards: Tensor, group: Tensor, *, over: Literal["actions", "rows"] = "actions", ddof: int = 1, eps: float = 1e-8,
+    actions: Tensor | None = None,
+) -> Tensor:
+    """``whiten(r - group mean)`` over the actions of the batch, or over its rows.
+
+    REINFORCE++ with baseline: Hu et al. 2025, arXiv 2501.03262. ``actions[B]`` (default: all alike) are the numbers of
+    actions, by which the rows count in mean and variance under ``over="actions"``. Rows without a reward get 0.
+    """
+    if over not in ("actions", "rows"):
+        raise ValueError(f"over is {over!r}; allowed are actions and rows")
     centred = group_advantages(rewards, group, scale="none").double()
-    spread = centred.std(correction=ddof) if len(centred) > ddof else centred.new_zeros(())
-    return ((centred - centred.mean()) / (spread + eps)).float()
+    valid = ~rewards.isnan()
+    weight = torch.ones_like(centred) if actions is None or over == "rows" else actions.to(centred)
+    weight = torch.where(valid, weight, 0.0)
+    total = weight.sum()
+    mean = (weight * centred).sum() / total.clamp(min=1)
+    variance = (weight * (centred - mean).square()).sum() / (total - ddof).clamp(min=1)
+    return torch.where(valid, (centred - mean) / (variance.sqrt() + eps), 0.0).float()
 
 
 @advantage("remax")
-def remax(rewards: Tensor, group: Tensor) -> Tensor:
-    """``r - r(first row of the group)``, the first row being the greedy sample. Li et al. 2023, arXiv 2310.10505."""
-    values, dense, count, valid = _checked(rewards, group)
-    first = torch.stack([(dense == g).nonzero()[0, 0] for g in range(count)]) if count else dense
-    return torch.where(valid, values - values[first][dense], 0.0).nan_to_num(0.0).float()
+def remax(rewards: Tensor, group: Tensor, *, greedy: Tensor) -> Tensor:
+    """``r - r(greedy sample of the prompt)``, ``greedy[B]`` being its reward. Li et al. 2023, arXiv 2310.10505."""
+    values, _, _, valid = _checked(rewards, group)
+    if greedy.shape != rewards.shape:
+        raise ValueError(f"greedy has shape {tuple(greedy.shape)}, rewards {tuple(rewards.shape)}; both are [B]")
+    return torch.where(valid, values - greedy.detach().double(), 0.0).nan_to_num(0.0).float()
+
+
+class RunningMean:
+    """``r - b`` with ``b <- decay b + (1 - decay) mean(r of the batch)``, which starts at the first batch's mean.
+
+    The moving-average baseline of Williams 1992 ("reinforcement comparison"): ``b`` is that of the batches before, so that
+    it does not depend on the samples it is subtracted from. Only the first batch is compared with its own mean.
+    """
+
+    def __init__(self, *, decay: float = 0.9) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), not {decay}")
+        self.decay = decay
+        self.value: float | None = None
+
+    def update(self, prompts: Sequence[str], values: Tensor) -> Tensor:
+        """Advantages ``[B]`` float32 of ``values[B]``; NaN values get 0 and leave no trace. ``prompts`` are not read."""
+        rewards = values.detach().double()
+        if bool(torch.isinf(rewards).any()):
+            raise ValueError("values hold an infinite reward")
+        valid = ~rewards.isnan()
+        if not bool(valid.any()):
+            return torch.zeros(len(values))
+        mean = float(rewards[valid].mean())
+        before = mean if self.value is None else self.value
+        self.value = self.decay * before + (1 - self.decay) * mean
+        return torch.where(valid, rewards - before, 0.0).float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The baseline."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.value = state["value"]
 
 
 class PromptStatistics:

@@ -10,17 +10,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from mmalign.config import Component, bind
-from mmalign.core.advantages import ADVANTAGES, PromptStatistics
 from mmalign.core.registry import Registry
 from mmalign.data.chat import TextEncoding
 from mmalign.data.columns import PreparationReport
 from mmalign.data.loading import DataOptions, load_rows
-from mmalign.errors import ConfigError
+from mmalign.errors import ConfigError, DataError
 from mmalign.methods.registry import Method
-from mmalign.policies.base import Policy, Rollout
+from mmalign.policies.base import Policy
 from mmalign.policies.loading import ModelOptions, base_of_adapter, load_policy, model_kind, resolve_model_path
 from mmalign.policies.provenance import read_provenance, write_provenance
 from mmalign.policies.reference import Reference
@@ -29,11 +27,10 @@ from mmalign.training.checkpoint import atomic_folder, write_json
 from mmalign.training.controller import Controller
 from mmalign.training.ema import ExponentialAverage
 from mmalign.training.evaluation import EvaluationOptions, evaluate_policy, save_samples
-from mmalign.training.experience import AdvantageFunction, BatchShape, Experience, resolve_batch
+from mmalign.training.experience import BatchShape, Experience, resolve_batch
 from mmalign.training.loop import Hooks, Loop, LoopOptions, LoopResult, make_accelerator
 from mmalign.training.objective import LossTerm, Objective, TrainState
 from mmalign.training.options import TrainOptions
-from mmalign.training.rollout_advantages import GAE
 from mmalign.training.tracking import PhaseTimer
 from mmalign.training.tuning.base import Tuning, make_tuning, trainable_report
 
@@ -157,36 +154,6 @@ def loss_terms(
     return terms
 
 
-def advantage_function(
-    options: Any, *, key: str = "advantage",
-) -> tuple[AdvantageFunction | GAE, PromptStatistics | None]:
-    """``(rollout, total rewards) -> advantages`` of a configuration node, and its statistics when it keeps any."""
-    statistics: PromptStatistics | None = None
-    if options.name == "gae":
-        try:
-            return GAE(**bind(options, GAE, key=key, ignore=("clip",)), clip=options.clip), None
-        except ValueError as error:
-            raise ConfigError(f"{key}.{error}") from None
-    if options.name == "prompt_statistics":
-        statistics = PromptStatistics(**bind(options, PromptStatistics, key=key))
-    else:
-        try:
-            function = ADVANTAGES.get(options.name)
-        except ValueError as error:
-            raise ConfigError(f"{key}.name: {error}; or prompt_statistics, gae") from None
-        arguments = bind(options, function, key=key)
-    limit = math.inf if options.clip is None else options.clip
-
-    def advantages(rollout: Rollout, total: Tensor) -> Tensor:
-        if statistics is not None:
-            values = statistics.update([str(prompt) for prompt in rollout.prompts], total)
-        else:
-            values = function(total, rollout.group, **arguments)
-        return values.clamp(-limit, limit)
-
-    return advantages, statistics
-
-
 @dataclass
 class PreparedTraining:
     """A method built for a run: everything loaded, checked and wired, nothing trained yet."""
@@ -294,6 +261,11 @@ def _evaluation_hook(parts: TrainingParts, context: BuildContext) -> Callable[[T
     assert parts.evaluation is not None
     options, rewards, sampling = parts.evaluation
     examples = context.rows(options.data, key="evaluation.data")
+    rewards.check_rows(examples)
+    if options.by is not None and any(example.get(options.by) in (None, "") for example in examples):
+        raise DataError(f"evaluation.by: some rows have no {options.by!r}; columns are {', '.join(examples[0])}")
+    if options.greedy and hasattr(sampling, "top_k"):
+        sampling = sampling.model_copy(update={"temperature": 0.0})
 
     def evaluate(state: TrainState) -> None:
         last = state.step == state.total_steps
@@ -301,7 +273,7 @@ def _evaluation_hook(parts: TrainingParts, context: BuildContext) -> Callable[[T
             return
         with context.timer.phase("evaluation"):
             evaluation = evaluate_policy(parts.policy, examples, rewards, sampling, seed=context.seed,
-                                         completions_per_prompt=options.completions_per_prompt)
+                                         completions_per_prompt=options.completions_per_prompt, by=options.by)
         folder = context.folder / "samples" / f"step-{state.step}"
         save_samples(evaluation, folder)
         write_json(folder / "metrics.json", evaluation.metrics)

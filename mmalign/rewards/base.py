@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,12 +35,15 @@ from mmalign.rewards.inputs import (
 from mmalign.rewards.registry import REWARDS, Reward, RewardOptions, Traits, build, is_async, load_object, reward, traits
 
 __all__ = [
-    "ON_ERROR", "REWARDS", "BoundReward", "Reward", "RewardInputs", "RewardOptions", "RewardSet", "TrainerState",
+    "ON_ERROR", "REWARDS", "BoundReward", "Combination", "Reward", "RewardInputs", "RewardOptions", "RewardSet", "TrainerState",
     "Traits", "build_rewards", "cache", "from_image_reward", "load_object", "reward", "traits",
 ]
 
 ON_ERROR = ("stop", "drop", "lowest")
 """What becomes of a sample whose reward failed: an error, no value (NaN), or the lowest value of the range."""
+
+Combination = Literal["sum_then_normalize", "normalize_then_sum"]
+"""How several rewards become one: weighted as they are, or each standardised within its group first."""
 
 _RANGE_SLACK = 1e-5
 
@@ -227,6 +230,13 @@ class RewardSet:
         self._last: dict[str, float] = {}
         self._loop = EventLoop()
 
+    def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Let rewards that look at the data before training (those with ``check_rows(rows)``) refuse what they cannot judge."""
+        for bound in self.rewards:
+            check = getattr(bound.function, "check_rows", None)
+            if check is not None:
+                check(rows)
+
     @property
     def weights(self) -> Tensor:
         """``[R]`` float32."""
@@ -254,16 +264,18 @@ class RewardSet:
         )
         return self._score(inputs)[0]
 
-    def total(self, rewards: Rollout | Tensor) -> Tensor:
+    def total(self, rewards: Rollout | Tensor, *, mode: Combination = "sum_then_normalize") -> Tensor:
         """``[B]`` weighted sum over the rewards that apply to a sample; NaN where none does.
 
-        A reward of weight 0 is only watched: it does not make a sample count as scored.
+        A reward of weight 0 is only watched: it does not make a sample count as scored. ``normalize_then_sum``
+        standardises every reward within its group of a rollout before it is weighted.
         """
+        group = rewards.group if isinstance(rewards, Rollout) else None
         values = rewards.rewards if isinstance(rewards, Rollout) else rewards
         if values is None:
             raise RewardError("the rollout has no rewards yet; call score() first")
         used = self.weights != 0
-        return combine_rewards(values[:, used.to(values.device)], self.weights[used].to(values.device))
+        return combine_rewards(values[:, used.to(values.device)], self.weights[used].to(values.device), mode=mode, group=group)
 
     def metrics(self, rollout: Rollout) -> dict[str, float]:
         """``rewards/<name>/{mean,std,none_fraction}`` and ``reward``, ``reward_std`` of a scored rollout.

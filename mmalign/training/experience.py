@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -17,12 +17,14 @@ from mmalign.data.rows import Rows
 from mmalign.errors import ConfigError
 from mmalign.policies.base import Policy, Rollout, Scorer
 from mmalign.policies.value import ValueFunction
-from mmalign.rewards.base import RewardSet
+from mmalign.rewards.base import Combination, RewardSet
 from mmalign.training.dynamic_sampling import DynamicSampling, DynamicSamplingOptions
 from mmalign.training.objective import TrainState, UpdateBatch
 from mmalign.training.rollout_advantages import (
     GAE,
+    GREEDY,
     AdaptiveKL,
+    AdvantageFunction,
     KLOptions,
     charge_onwards,
     mean_over_ranks,
@@ -154,10 +156,6 @@ class DatasetExperience:
         self.sampler.load_state_dict(state["sampler"])
 
 
-AdvantageFunction = Callable[[Rollout, Tensor], Tensor]
-"""``(rollout, total reward [B]) -> advantages [B]``."""
-
-
 @dataclass
 class RolloutSettings:
     """What shapes a rollout experience beside its policy and rewards."""
@@ -179,7 +177,10 @@ class RolloutSettings:
     drop_flat_groups: bool = False
     dynamic_sampling: DynamicSamplingOptions | None = None
     """Sample until enough groups pass a filter; None takes the groups as they come."""
-    columns: Sequence[str] = field(default_factory=tuple)
+    reward_combination: Combination = "sum_then_normalize"
+    """How several rewards become one."""
+    greedy_baseline: bool = False
+    """Reward one greedy sample of every prompt too, as the column ``greedy_reward``."""
 
 
 class RolloutExperience:
@@ -229,11 +230,19 @@ class RolloutExperience:
         state, shape = self.state, self.shape
         chosen = self.sampler.take(shape.prompts_per_rollout)[state.rank :: shape.world_size]
         examples = [self.examples[i] for i in chosen]
+        greedy: Rollout | None = None
+        if self.settings.greedy_baseline:  # before the others: figures of rewards are those of the last samples scored
+            greedy = self._scored(examples, 1, greedy_sampling(self.settings.sampling), "greedy")
+        rollout = self._scored(examples, shape.completions_per_prompt, self.settings.sampling, "sampling")
+        if greedy is not None:
+            rollout.columns[GREEDY] = self.rewards.total(greedy)[rollout.group].tolist()
+        return rollout
+
+    def _scored(self, examples: Sequence[Mapping[str, Any]], samples: int, sampling: Any, stream: str) -> Rollout:
+        """``samples`` of every prompt, with their rewards."""
+        state = self.state
         with self.timer.phase("rollout"):
-            rollout = self.policy.sample(
-                [example["prompt"] for example in examples], shape.completions_per_prompt, self.settings.sampling,
-                state.generator("sampling"),
-            )
+            rollout = self.policy.sample([example["prompt"] for example in examples], samples, sampling, state.generator(stream))
         rollout.weight_version = state.step
         at = rollout.group.tolist()
         rollout.columns |= {
@@ -251,7 +260,9 @@ class RolloutExperience:
             rollout, sampled, figures = self.dynamic.collect(self._sample)
         # Figures are of all samples: those of the groups that a filter kept say nothing about the policy.
         metrics = self.rewards.metrics(sampled) | rollout_metrics(sampled, self.rewards.total(sampled)) | figures
-        total = self.rewards.total(rollout)
+        total = self.rewards.total(rollout, mode=self.settings.reward_combination)
+        if self.settings.greedy_baseline:
+            metrics["reward/greedy"] = float(torch.as_tensor(sampled.columns[GREEDY]).nanmean())
         if self.settings.missing_eos_penalty and rollout.finish_reason:
             cut = torch.tensor([reason == "length" for reason in rollout.finish_reason])
             total = total - self.settings.missing_eos_penalty * cut
@@ -385,6 +396,11 @@ class RolloutExperience:
             self.statistics.load_state_dict(state["statistics"])
         if self.kl_statistics:
             self.kl_statistics.load_state_dict(state["kl_statistics"])
+
+
+def greedy_sampling(sampling: Any) -> Any:
+    """The same limits, but always the most likely action."""
+    return sampling.model_copy(update={"temperature": 0.0, "top_k": 0, "top_p": 1.0})
 
 
 def score_in_chunks(scorer: Scorer, rows: Rows, *, shape: BatchShape, temperature: float = 1.0) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from mmalign.config import Component
 from mmalign.core.divergence import kl_estimate
-from mmalign.core.policy_gradient import POLICY_LOSSES, clipped_value_loss
+from mmalign.core.policy_gradient import POLICY_LOSSES, Level, clipped_value_loss, policy_ratio
 from mmalign.core.reduce import count
 from mmalign.data.rows import Rows
 from mmalign.policies.base import Policy
@@ -32,7 +33,7 @@ class PolicyLossOptions(Component):
     norm_length: int | None = None
     """Constant length of ``seq_mean_token_sum_norm``."""
     entropy_coef: float = 0.0
-    """Weight of an entropy bonus; 0 does not compute entropy gradients."""
+    """Weight of an entropy bonus; 0 only logs the entropy."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,20 @@ class PolicyLoss:
     arguments: Mapping[str, Any]
     reduction: str
     norm_length: int | None = None
+
+
+def clip_bounds(name: str, function: Callable[..., Tensor], arguments: Mapping[str, Any]) -> tuple[Level, dict[str, float]]:
+    """The level of a loss's ratio, and the bounds beyond which it is clipped (``low`` and ``high``, where it has them)."""
+    values = {n: p.default for n, p in inspect.signature(function).parameters.items()} | dict(arguments)
+    level: Level = "sequence" if name == "gspo" else values.get("level", "token")
+    if name == "cispo":
+        return level, {"high": float(values["clip_high"])}
+    bounds = {}
+    if "clip_low" in values:
+        bounds["low"] = 1 - float(values["clip_low"])
+    if "clip_high" in values:
+        bounds["high"] = 1 + float(values["clip_high"])
+    return level, bounds
 
 
 class PolicyGradient(PolicyObjective):
@@ -64,6 +79,7 @@ class PolicyGradient(PolicyObjective):
     ) -> None:
         self.policy, self.policy_loss, self.temperature, self.on_policy = policy, loss, temperature, on_policy
         self.function = POLICY_LOSSES.get(loss.name)
+        self.level, self.bounds = clip_bounds(loss.name, self.function, loss.arguments)
         self.kl = kl if kl is not None and kl.coef and kl.placement == "loss" else None
         self.entropy_coef = entropy_coef
         self.value, self.value_coef, self.value_clip = value, value_coef, value_clip
@@ -102,7 +118,7 @@ class PolicyGradient(PolicyObjective):
     def loss(self, micro: UpdateBatch, shared: dict[str, Any], state: TrainState) -> tuple[list[Term], Metrics]:
         """Terms of one micro-batch."""
         rows = micro.parts[self.part]
-        wanted = (("entropy",) if self.entropy_coef else ()) + (self.value.want if self.value is not None else ())
+        wanted = ("entropy", *(self.value.want if self.value is not None else ()))
         scores = self.policy.log_probs(rows, temperature=self.temperature, want=wanted)
         logp, width = scores.logp, scores.logp.shape[1]
         mask = self._mask(micro).to(logp.device)
@@ -120,9 +136,10 @@ class PolicyGradient(PolicyObjective):
             divergence = kl_estimate(logp, rows["ref_logp"][:, :width].to(logp.device), kind=self.kl.kind)
             terms.append(Term("kl", divergence, mask, how, self.kl.coef, norm))
             metrics["kl"] = Mean.of(divergence, mask)
-        if scores.entropy is not None and self.entropy_coef:
-            terms.append(Term("entropy", -scores.entropy, mask, how, self.entropy_coef, norm))
+        if scores.entropy is not None:
             metrics["entropy"] = Mean.of(scores.entropy, mask)
+            if self.entropy_coef:
+                terms.append(Term("entropy", -scores.entropy, mask, how, self.entropy_coef, norm))
         if self.value is not None:
             predicted = self.value.values(rows, scores if self.value.want else None)
             term, clipped = self._value_term(predicted, rows, mask)
@@ -132,17 +149,19 @@ class PolicyGradient(PolicyObjective):
 
     def _ratio_metrics(self, logp: Tensor, behaviour: Tensor, advantages: Tensor, mask: Tensor) -> Metrics:
         gap = (logp - behaviour).abs() * mask
-        metrics: Metrics = {"rollout_gap/mean": Mean.of(gap, mask), "logp": Mean.of(logp, mask)}
+        metrics: Metrics = {"rollout_gap/mean": Mean.of(gap, mask), "logp": Mean.of(logp, mask),
+                            "rollout_gap/max": Maximum(float(gap.max()) if gap.numel() else 0.0)}
         if self.on_policy:
-            metrics["rollout_gap/max"] = Maximum(float(gap.max()) if gap.numel() else 0.0)
             return metrics
-        log_ratio = (logp - behaviour) * mask
-        metrics["kl_old"] = Mean.of(-log_ratio, mask)
-        signs = advantages if advantages.dim() == 2 else advantages[:, None]
-        for side, sign in (("low", -1), ("high", 1)):
-            limit = self.policy_loss.arguments.get(f"clip_{side}", 0.2)
-            outside = (log_ratio.exp() - 1) * sign > limit
-            metrics[f"clipped/{side}"] = Mean.of((outside & (signs * sign > 0)).float(), mask)
+        metrics["kl_old"] = Mean.of((behaviour - logp) * mask, mask)
+        ratio = policy_ratio(logp, behaviour, mask, level=self.level)
+        where = mask if ratio.dim() == 2 else mask.any(1)
+        signs = advantages[:, None] if ratio.dim() > advantages.dim() else advantages
+        if "low" in self.bounds:
+            metrics["clipped/low"] = Mean.of(((ratio < self.bounds["low"]) & (signs < 0)).float(), where)
+        if "high" in self.bounds:  # a clipped weight is the same for both signs
+            affected = torch.ones_like(where) if self.policy_loss.name == "cispo" else signs > 0
+            metrics["clipped/high"] = Mean.of(((ratio > self.bounds["high"]) & affected).float(), where)
         return metrics
 
     def _value_term(self, predicted: Tensor, rows: Rows, mask: Tensor) -> tuple[Term, Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,14 @@ from mmalign.core.divergence import kl_estimate
 from mmalign.policies.base import Rollout
 from mmalign.training.controller import FixedWeights
 from mmalign.training.objective import TrainState
+
+T = TypeVar("T")
+
+AdvantageFunction = Callable[[Rollout, Tensor], Tensor]
+"""``(rollout, total reward [B]) -> advantages [B]``."""
+
+GREEDY = "greedy_reward"
+"""Column of a rollout: the total reward of the greedy sample of each row's prompt."""
 
 Placement = Literal["loss", "token_reward", "sequence_reward", "advantage"]
 
@@ -172,6 +180,15 @@ def mean_over_ranks(values: Tensor) -> tuple[float, int]:
 def sum_counts_over_ranks(count: int) -> int:
     """``count`` summed over all processes."""
     return int(_summed(torch.tensor([float(count)], dtype=torch.float64))[0])
+
+
+def gather_objects(value: T) -> tuple[list[T], int]:
+    """``value`` of every process in order of rank, and the rank of this one; small things only."""
+    if not _distributed():
+        return [value], 0
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values, torch.distributed.get_rank()
 
 
 def _distributed() -> bool:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mmalign.core.advantages import (
     ADVANTAGES,
     PromptStatistics,
+    RunningMean,
     combine_rewards,
     discounted_cumsum,
     flat_groups,
@@ -37,13 +38,59 @@ def test_closed_forms():
     expected = {
         "dr_grpo": [-1, 0, 1, -10, -10, 20], "rloo": [-1.5, 0, 1.5, -15, -15, 30],
         "grpo": [-1 / 1.0001, 0, 1 / 1.0001, -10 / (std + 1e-4), -10 / (std + 1e-4), 20 / (std + 1e-4)],
-        "remax": [0, 1, 2, 0, 0, 30], "reinforce": [-10, -9, -8, -1, -1, 29],
+        "reinforce": [-10, -9, -8, -1, -1, 29],
     }
     for name, values in expected.items():
         torch.testing.assert_close(ADVANTAGES.get(name)(rewards, group), torch.tensor(values, dtype=torch.float32), msg=name)
     whitened = ADVANTAGES.get("reinforce_pp_baseline")(rewards, group)
     assert whitened.mean().item() == pytest.approx(0, abs=1e-6)
     assert whitened.std().item() == pytest.approx(1)
+    greedy = torch.tensor([2.0, 2.0, 2.0, math.nan, 10.0, 10.0])
+    assert ADVANTAGES.get("remax")(rewards, group, greedy=greedy).tolist() == [-1, 0, 1, 0, 0, 30]
+
+
+def test_reinforce_pp_counts_rows_by_their_actions():
+    """The same as writing every row's advantage on each of its actions and whitening those."""
+    rewards, group = rewards_and_groups(seed=5)
+    rewards[3] = math.nan
+    actions = torch.randint(1, 9, (len(rewards),), generator=torch.Generator().manual_seed(1))
+    actions[3] = 4
+    ours = ADVANTAGES.get("reinforce_pp_baseline")(rewards, group, actions=actions)
+    centred = group_advantages(rewards, group, scale="none").double()
+    spread_out = torch.cat([centred[i].expand(int(n)) for i, n in enumerate(actions) if i != 3])
+    expected = (centred - spread_out.mean()) / (spread_out.std() + 1e-8)
+    expected[3] = 0
+    torch.testing.assert_close(ours, expected.float())
+    by_rows = ADVANTAGES.get("reinforce_pp_baseline")(rewards, group, actions=actions, over="rows")
+    assert not torch.allclose(ours, by_rows)
+    torch.testing.assert_close(by_rows, ADVANTAGES.get("reinforce_pp_baseline")(rewards, group))
+
+
+class TestRunningMean:
+    def test_the_baseline_is_of_the_batches_before(self):
+        estimator = RunningMean(decay=0.5)
+        assert estimator.update(["a", "b"], torch.tensor([1.0, 3.0])).tolist() == [-1.0, 1.0]  # nothing before: its own mean
+        assert estimator.update(["a", "b"], torch.tensor([4.0, 8.0])).tolist() == [2.0, 6.0]
+        assert estimator.update(["c"], torch.tensor([0.0])).tolist() == [-4.0]
+
+    def test_rewards_that_do_not_apply_leave_no_trace(self):
+        estimator = RunningMean()
+        assert estimator.update(["a"], torch.tensor([math.nan])).tolist() == [0.0]
+        assert estimator.update(["a", "b"], torch.tensor([2.0, math.nan])).tolist() == [0.0, 0.0]
+        assert estimator.value == 2.0
+
+    def test_state_restores(self):
+        estimator, other = RunningMean(), RunningMean()
+        estimator.update(["a"], torch.tensor([2.0]))
+        other.load_state_dict(estimator.state_dict())
+        values = torch.tensor([5.0, -1.0])
+        assert torch.equal(estimator.update(["a", "b"], values), other.update(["a", "b"], values))
+
+    def test_refusals(self):
+        with pytest.raises(ValueError, match="decay"):
+            RunningMean(decay=1.0)
+        with pytest.raises(ValueError, match="infinite"):
+            RunningMean().update(["a"], torch.tensor([math.inf]))
 
 
 @settings(max_examples=30, deadline=None)

@@ -248,7 +248,7 @@ def test_several_rewards_normalised_one_by_one(trainer, rows):
     rewards = torch.stack([torch.tensor(list(trainer._logs["rewards"][r.__name__])[-PROMPTS * GROUP:]) for r in REWARDS], 1)
     group = torch.arange(PROMPTS * GROUP) // GROUP
     total = combine_rewards(rewards, torch.tensor(WEIGHTS), mode="normalize_then_sum", group=group)
-    ours = (total - total.mean()) / (total.std() + 1e-4)
+    ours = ADVANTAGES.get("reinforce_pp_baseline")(total, group, over="rows", eps=1e-4)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 

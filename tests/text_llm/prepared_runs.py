@@ -20,9 +20,9 @@ def rollout_tree(temperature: float, **changes: Any) -> dict[str, Any]:
     }
 
 
-def prepared(tree: dict[str, Any], folder: Path) -> Any:
+def prepared(tree: dict[str, Any], folder: Path, *, seed: int = 0) -> Any:
     """Its loop, parts and context."""
     planned = make_plan({**tree, "run_dir": str(folder)}, config_folder=folder).stages[0]
     method = METHODS.get(tree["method"])
-    return prepare_training(method, parse(method.options, planned.tree), folder=folder, seed=0, config_folder=folder,
+    return prepare_training(method, parse(method.options, planned.tree), folder=folder, seed=seed, config_folder=folder,
                             fingerprint="", quiet=True)

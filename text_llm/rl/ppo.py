@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 from mmalign.data.chat import TextEncoding
-from mmalign.methods.policy_gradient import AdvantageOptions, PolicyGradientOptions, check_text_sampling, policy_gradient_parts
+from mmalign.methods.policy_gradient import PolicyGradientOptions, check_text_sampling, policy_gradient_parts
 from mmalign.methods.registry import method
 from mmalign.methods.training import BuildContext, TrainingParts
 from mmalign.policies.base import TextSampling
 from mmalign.policies.value import ValueOptions, make_value
+from mmalign.training.advantages import AdvantageOptions
 from mmalign.training.experience import BatchOptions
 from mmalign.training.policy_gradient import KLOptions, PolicyLossOptions
 from mmalign.training.rollout_advantages import Placement

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mmalign.errors import ConfigError
-from mmalign.methods.policy_gradient import AdvantageOptions, PolicyGradientOptions, policy_gradient_parts
+from mmalign.methods.policy_gradient import PolicyGradientOptions, policy_gradient_parts
 from mmalign.methods.registry import method
 from mmalign.methods.training import BuildContext, TrainingParts
 from mmalign.policies.base import DiffusionSampling
+from mmalign.training.advantages import AdvantageOptions
 from mmalign.training.policy_gradient import PolicyLossOptions
 
 
