@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from datasets import load_from_disk
 
 from mmalign.errors import DataError
+from mmalign.stage_kinds import records
 from mmalign.stage_kinds.records import write_in_chunks
 from mmalign.stages import StageContext
 
@@ -71,6 +74,51 @@ def test_a_killed_stage_goes_on_at_the_first_chunk_that_is_not_written(killed_at
     assert done == [*range(killed_at + 1), *range(killed_at, 4)]
     assert numbers == {"rows": 5.0, "dropped": 5.0}
     assert [row["id"] for row in load_from_disk(str(data))] == ["1", "3", "5", "7", "9"]
+
+
+@pytest.mark.parametrize("killed_at", [0, 3, 4, 5, 9])
+def test_chunks_become_blocks_and_a_kill_finds_either(killed_at, tmp_path, monkeypatch):
+    """Few files for many rows; the rows of a finished block are never made again."""
+    monkeypatch.setattr(records, "CHUNKS_PER_BLOCK", 4)
+    made: list[int] = []
+
+    def make(examples: list[dict[str, Any]], chunk: range) -> Any:
+        if chunk.start == killed_at and killed_at not in made:
+            made.append(killed_at)
+            assert len(list((tmp_path / "parts").glob("*"))) <= 4 + 3 if killed_at else True
+            raise KeyboardInterrupt
+        made.append(chunk.start)
+        return ([], {"seen": 1.0}) if chunk.start in (4, 5, 6, 7) else (examples, {"seen": 1.0})
+
+    with pytest.raises(KeyboardInterrupt):
+        write_in_chunks(context(tmp_path), Lazy(11), make, size=1)
+    data, numbers = write_in_chunks(context(tmp_path), Lazy(11), make, size=1)
+    assert made == [*range(killed_at + 1), *range(killed_at, 11)]
+    assert numbers == {"rows": 7.0, "seen": 11.0}
+    assert [row["id"] for row in load_from_disk(str(data))] == ["0", "1", "2", "3", "8", "9", "10"]
+
+
+@pytest.mark.parametrize("left", ["both", "block"])
+def test_a_kill_while_a_block_is_written(left, tmp_path, monkeypatch):
+    """Between the block and the removal of its chunks both are there, and afterwards only the block."""
+    monkeypatch.setattr(records, "CHUNKS_PER_BLOCK", 2)
+    real = shutil.rmtree
+
+    def killed(path: Any, **options: Any) -> None:
+        if left == "block":
+            real(path, **options)
+        if left == "both" or path.name == "000001":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "shutil", SimpleNamespace(rmtree=killed))
+        with pytest.raises(KeyboardInterrupt):
+            write_in_chunks(context(tmp_path), Lazy(4), lambda examples, chunk: (examples, {}), size=1)
+    rows = Lazy(4)
+    data, numbers = write_in_chunks(context(tmp_path), rows, lambda examples, chunk: (examples, {}), size=1)
+    assert rows.read == 2  # the second block only
+    assert numbers == {"rows": 4.0}
+    assert [row["id"] for row in load_from_disk(str(data))] == ["0", "1", "2", "3"]
 
 
 def test_nothing_left_is_an_error_that_names_the_stage(tmp_path):

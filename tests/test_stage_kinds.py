@@ -10,6 +10,7 @@ from PIL import Image
 
 from mmalign.data.loading import DataOptions, load_rows
 from mmalign.errors import DataError, MmalignError
+from mmalign.policies.causal_lm import CausalLMPolicy
 from mmalign.stage_kinds.records import save_records
 from mmalign.stage_kinds.score import rollout_of
 from mmalign.stages import make_plan, run_plan
@@ -74,6 +75,31 @@ def test_rows_without_a_sample_cannot_be_scored() -> None:
         rollout_of([{"prompt": "p"}])
     with pytest.raises(DataError, match="exactly one"):
         rollout_of([{"prompt": "p", "images": [grey(1), grey(2)]}])
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_killed_generation_samples_no_finished_row_again(batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It resumes at the rows that were being decoded, and its samples are those of a run that was not killed."""
+    stage = {"name": "samples", "kind": "generate", "model": {"path": "asset:tiny_llama"}, "completions_per_prompt": 2,
+             "data": {"path": "asset:arithmetic", "limit": 10}, "sampling": {"max_new_tokens": 4, "rows_per_forward": 4}}
+    sampled: list[str] = []
+    sample, allowed = CausalLMPolicy.sample, [2 * batches, 10]
+
+    def watched(self: Any, prompts: Any, *arguments: Any, **options: Any) -> Any:
+        if len(sampled) == allowed[0]:  # two prompts with two completions each are decoded together
+            raise KeyboardInterrupt
+        sampled.extend(str(prompt) for prompt in prompts)
+        return sample(self, prompts, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CausalLMPolicy, "sample", watched)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "killed", stage)
+        assert len(sampled) == allowed.pop(0)
+        resumed = run(tmp_path / "killed", stage)
+    whole = run(tmp_path / "whole", stage)
+    assert len(sampled) == len(set(sampled)) == 10
+    assert rows_in(resumed["samples"]["outputs"]["data"]) == rows_in(whole["samples"]["outputs"]["data"])
 
 
 def test_generated_text_feeds_a_preference_run(tmp_path: Path) -> None:

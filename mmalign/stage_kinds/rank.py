@@ -9,7 +9,7 @@ from mmalign.config import Options
 from mmalign.data.loading import DataOptions, load_rows
 from mmalign.errors import DataError
 from mmalign.rewards.base import RewardOptions, RewardSet, build_rewards
-from mmalign.stage_kinds.records import Chunk, write_in_chunks
+from mmalign.stage_kinds.records import JUDGED_PER_CHUNK, Chunk, write_in_chunks
 from mmalign.stage_kinds.score import rollout_of
 from mmalign.stages import StageContext, StageResult, stage
 
@@ -55,7 +55,7 @@ def rank(options: RankOptions, context: StageContext) -> StageResult:
                 numbers["generated worst"] += ranked["rejected_from"] == "generated"
         return records, numbers
 
-    data, numbers = write_in_chunks(context, rows, order)
+    data, numbers = write_in_chunks(context, rows, order, size=JUDGED_PER_CHUNK)
     kept = numbers["rows"]
     if numbers["indistinct"]:
         context.say(f"{int(numbers['indistinct'])} rows dropped: all their candidates are the same")

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from mmalign.stages import StageContext
 
 ROWS_PER_CHUNK = 1024
-"""Rows read, worked on and written together by stages that do not sample; a killed stage resumes at a whole chunk."""
+"""Rows read, worked on and written together by stages whose work is cheap; a killed stage resumes at a whole chunk."""
+
+JUDGED_PER_CHUNK = 64
+"""The same for stages that ask rewards, which may be models or servers."""
+
+CHUNKS_PER_BLOCK = 256
+"""Chunks that are joined as soon as all are written, so that the number of files stays small however many rows there are."""
 
 Chunk = tuple[list[dict[str, Any]], dict[str, float]]
 """Rows that a chunk became, and numbers that are summed over chunks."""
@@ -35,33 +41,55 @@ def write_in_chunks(
     """
     data, parts = context.folder / "data", context.folder / "parts"
     chunks = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+    blocks = [range(start, min(start + CHUNKS_PER_BLOCK, len(chunks))) for start in range(0, len(chunks), CHUNKS_PER_BLOCK)]
     with ProgressBar(context.name, len(chunks), quiet=context.quiet) as bar:
-        for number, chunk in enumerate(chunks):
-            target = parts / f"{number:06d}"
-            if not target.exists():
-                records, numbers = make([dict(rows[i]) for i in chunk], chunk)
-                with atomic_folder(target) as folder:
-                    (folder / "numbers.json").write_text(json.dumps({**numbers, "rows": len(records)}), encoding="utf-8")
-                    if records:
-                        save_records(records, folder / "data")
-            bar.update(number + 1, {})
-    totals: dict[str, float] = {}
-    folders = [parts / f"{number:06d}" for number in range(len(chunks))]
-    for folder in folders:
-        for name, value in json.loads((folder / "numbers.json").read_text(encoding="utf-8")).items():
-            totals[name] = totals.get(name, 0.0) + float(value)
-    filled = [folder / "data" for folder in folders if (folder / "data").exists()]
-    if not filled:
+        for index, block in enumerate(blocks):
+            joined = parts / f"block-{index:06d}"
+            for number in block if not joined.exists() else ():
+                target = parts / f"{number:06d}"
+                if not target.exists():
+                    records, numbers = make([dict(rows[i]) for i in chunks[number]], chunks[number])
+                    with atomic_folder(target) as folder:
+                        (folder / "numbers.json").write_text(json.dumps({**numbers, "rows": len(records)}), encoding="utf-8")
+                        if records:
+                            save_records(records, folder / "data")
+                bar.update(number + 1, {})
+            _join([parts / f"{number:06d}" for number in block], joined)
+            bar.update(block.stop, {})
+    folders = [parts / f"block-{index:06d}" for index in range(len(blocks))]
+    if not any((folder / "data").exists() for folder in folders):
         raise DataError(f"stage {context.name}: no row is left of the {len(rows)} that data.path gave")
-    _join(filled, data)
+    totals = _totals(folders)
+    _save_joined(folders, data)
     shutil.rmtree(parts, ignore_errors=True)
     return data, totals
 
 
-def _join(folders: Sequence[Path], target: Path) -> None:
+def _join(parts: Sequence[Path], target: Path) -> None:
+    """Chunks into one block, once; a killed stage finds the block, the chunks, or both."""
+    if not target.exists():
+        with atomic_folder(target) as folder:
+            (folder / "numbers.json").write_text(json.dumps(_totals(parts)), encoding="utf-8")
+            if any((part / "data").exists() for part in parts):
+                _save_joined(parts, folder / "data")
+    for part in parts:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _totals(folders: Sequence[Path]) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for folder in folders:
+        for name, value in json.loads((folder / "numbers.json").read_text(encoding="utf-8")).items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    return totals
+
+
+def _save_joined(folders: Sequence[Path], target: Path) -> None:
+    """The rows of all folders that have some as one data set."""
     from datasets import concatenate_datasets, load_from_disk
 
-    joined = concatenate_datasets([load_from_disk(str(folder)) for folder in folders])
+    filled = [folder / "data" for folder in folders if (folder / "data").exists()]
+    joined = concatenate_datasets([load_from_disk(str(folder)) for folder in filled])
     with atomic_folder(target) as folder:
         joined.save_to_disk(str(folder))
 

@@ -13,7 +13,7 @@ from mmalign.data.rows import Rows
 from mmalign.errors import DataError
 from mmalign.policies.base import Rollout
 from mmalign.rewards.base import RewardOptions, build_rewards
-from mmalign.stage_kinds.records import Chunk, sample_column, sample_in, write_in_chunks
+from mmalign.stage_kinds.records import JUDGED_PER_CHUNK, Chunk, sample_column, sample_in, write_in_chunks
 from mmalign.stages import StageContext, StageResult, stage
 
 
@@ -31,6 +31,7 @@ def score(options: ScoreOptions, context: StageContext) -> StageResult:
     """Add one column per reward and their weighted sum to a data set of samples."""
     rows = load_rows(options.data, seed=context.seed)
     rewards = build_rewards(options.rewards, config_folder=context.config_folder, dump_dir=context.folder / "rewards")
+    rewards.check_rows(rows)
 
     def judge(examples: list[dict[str, Any]], chunk: range) -> Chunk:
         rollout = rewards.score(rollout_of(examples, first=chunk.start))
@@ -47,7 +48,7 @@ def score(options: ScoreOptions, context: StageContext) -> StageResult:
             numbers |= {f"sum {name}": float(values.nansum()), f"count {name}": float((~values.isnan()).sum())}
         return scored, numbers
 
-    data, numbers = write_in_chunks(context, rows, judge)
+    data, numbers = write_in_chunks(context, rows, judge, size=JUDGED_PER_CHUNK)
     names = [name.removeprefix("sum ") for name in numbers if name.startswith("sum ")]
     metrics = {name: numbers[f"sum {name}"] / max(numbers[f"count {name}"], 1.0) for name in names}
     return StageResult({"data": str(data), "folder": str(context.folder)}, metrics)

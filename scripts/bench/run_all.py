@@ -12,11 +12,12 @@ import generation
 import grpo
 import log_probs
 import sft
+import shared_prompts
 import startup
 from harness import REPOSITORY, Bench, Row, cells, load_rows, machine, measure, save_rows, table
 from rich.console import Console
 
-BENCHES = (dpo.BENCH, sft.BENCH, grpo.BENCH, generation.BENCH, log_probs.BENCH)
+BENCHES = (dpo.BENCH, sft.BENCH, grpo.BENCH, generation.BENCH, shared_prompts.BENCH, log_probs.BENCH)
 PAGE = REPOSITORY / "docs" / "benchmarks.md"
 QUIET = 1.0
 """Load average above which figures are marked as taken on a busy machine."""

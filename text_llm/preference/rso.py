@@ -52,7 +52,7 @@ class RSOOptions(Options):
     """Candidates sampled of every prompt."""
     sampling: dict[str, Any] = {"temperature": 0.7, "top_k": 40}
     """How candidates (and the baseline answer) are drawn."""
-    prompts_per_chunk: int = 64
+    prompts_per_chunk: int | None = None
     """Prompts sampled and written together."""
     rewards: list[RewardOptions] = []
     """Rewards that score the candidates (rules, models trained before); empty trains ``ranker`` first."""

@@ -34,7 +34,7 @@ class IterativeDPOOptions(Options):
     """Pair loss of every round."""
     sampling: dict[str, Any] = {"temperature": 0.0}
     """How the policy's sample is drawn: greedy, as published."""
-    prompts_per_chunk: int = 64
+    prompts_per_chunk: int | None = None
     """Prompts sampled and written together."""
     min_margin: float = 0.0
     """Rows whose best and worst candidates score closer than this are left out."""
