@@ -13,7 +13,7 @@ from torch import Tensor
 from toys import BanditPolicy, FixedExperience, QuadraticObjective, bandit_rows, make_loop
 
 from mmalign.errors import CheckpointError, ConfigError, MmalignError
-from mmalign.training.controller import FixedWeights, ScheduledWeights
+from mmalign.training.controller import FixedWeights, ScheduledWeights, accumulate_gradients
 from mmalign.training.experience import BatchOptions, SelectingExperience, resolve_batch
 from mmalign.training.objective import LossTerm, Supervised, Term, TrainState, UpdateBatch
 from mmalign.training.optimizers import OptimizerOptions, build_optimizers, schedule_factor
@@ -156,6 +156,18 @@ def test_controller_sees_exact_gradients_before_the_weighted_backward(tmp_path: 
     # The weighted backward that followed used it: both modules moved equally far.
     moved = {name: float(net.weight.detach().norm()) for name, net in objective.nets.items()}
     assert moved["critic"] == pytest.approx(moved["policy"], rel=1e-4)
+
+
+def test_gradients_add_up_over_forwards_even_where_autograd_shares_or_expands_them() -> None:
+    first, second, third = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
+    total = None
+    for weight in (1.0, 10.0):
+        loss = weight * ((first + second) ** 2 / 4).sum() + third.sum()
+        total = accumulate_gradients(loss, [first, second, third], total)
+    assert total is not None
+    assert [gradient.tolist() for gradient in total] == [[11.0] * 3, [11.0] * 3, [2.0] * 3]
+    assert accumulate_gradients(torch.zeros(()), [first], [total[0]])[0] is total[0]
+    assert first.grad is None
 
 
 def test_scheduled_weights_follow_progress(tmp_path: Any) -> None:

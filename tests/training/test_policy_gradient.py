@@ -93,7 +93,8 @@ def test_bounds_of_the_logged_clipping_are_those_of_the_loss(name: str, argument
 def test_clipped_shares_are_of_the_side_that_loses_its_gradient() -> None:
     """Two actions: a ratio of 2 with a positive and one with a negative advantage."""
     policy = BanditPolicy()
-    rows = Rows({"context": torch.tensor([0, 0]), "choice": [torch.tensor([1]), torch.tensor([1])], "group": torch.tensor([0, 0])})
+    zeros = torch.tensor([0, 0])
+    rows = Rows({"context": zeros, "choice": [torch.tensor([1]), torch.tensor([1])], "group": zeros})
     with torch.no_grad():
         now = policy.log_probs(rows).logp
     rows = rows.with_columns(advantages=torch.tensor([1.0, -1.0]), old_logp=now - torch.tensor(2.0).log())
@@ -103,4 +104,4 @@ def test_clipped_shares_are_of_the_side_that_loses_its_gradient() -> None:
         assert metrics["clipped/high"].total / metrics["clipped/high"].count == pytest.approx(high), name
     objective = PolicyGradient(policy, PolicyLoss("cispo", {"clip_high": 1.5}, "token_mean"), on_policy=False)
     _, metrics = objective.loss(UpdateBatch({"train": rows}), {}, TrainState(0, 1))
-    assert metrics["clipped/high"].total / metrics["clipped/high"].count == pytest.approx(1.0)  # weights are clipped for either sign
+    assert metrics["clipped/high"].total / metrics["clipped/high"].count == pytest.approx(1.0)  # for either sign

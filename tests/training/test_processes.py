@@ -48,7 +48,8 @@ class Value:
         return (self.module()[rows["context"]] ** 2)[:, :3]
 
 def policy_gradient(kind, policy):
-    loss = {"ppo": PolicyLoss("ppo_clip", {}, "token_mean"), "gspo": PolicyLoss("gspo", {"clip_high": 0.1}, "seq_mean_token_mean"),
+    loss = {"ppo": PolicyLoss("ppo_clip", {}, "token_mean"),
+            "gspo": PolicyLoss("gspo", {"clip_high": 0.1}, "seq_mean_token_mean"),
             "cispo": PolicyLoss("cispo", {}, "seq_mean_token_sum_norm", 7),
             "rloo": PolicyLoss("ppo_clip", {"level": "sequence_sum"}, "seq_mean_token_mean")}[kind]
     value = Value() if kind == "ppo" else None
@@ -68,7 +69,8 @@ def main():
             now = BanditPolicy().log_probs(rows)
         width = (8, 3)
         rows = rows.with_columns(
-            advantages=torch.randn(8, generator=noise), old_logp=(now.logp + 0.1 * torch.randn(width, generator=noise)) * now.mask,
+            advantages=torch.randn(8, generator=noise),
+            old_logp=(now.logp + 0.1 * torch.randn(width, generator=noise)) * now.mask,
             ref_logp=(now.logp + 0.3) * now.mask, values=torch.randn(width, generator=noise),
             returns=torch.randn(width, generator=noise))
     if reduction == "disco":  # groups of two rows are never split; the old policy is elsewhere, so that the constraint acts
@@ -117,7 +119,8 @@ def launch(script: Path, folder: Path, processes: int, *arguments: str) -> dict[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reduction", ["token_mean", "seq_mean_token_mean", "kto", "bco", "disco", "ppo", "gspo", "cispo", "rloo"])
+@pytest.mark.parametrize(
+    "reduction", ["token_mean", "seq_mean_token_mean", "kto", "bco", "disco", "ppo", "gspo", "cispo", "rloo"])
 @pytest.mark.parametrize("split", ["even", "uneven"])
 def test_two_processes_give_the_gradient_of_one(reduction: str, split: str, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
@@ -170,7 +173,8 @@ def test_statistics_of_a_batch_are_those_of_all_processes(split: str, tmp_path: 
         launch(script, tmp_path, processes, split)
     one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     cut = 8 if split == "uneven" else 6
+    rest = 12 - cut
     for name, values in one.items():
-        for round_ in range(3):
-            together = first[name][round_ * cut : (round_ + 1) * cut] + second[name][round_ * (12 - cut) : (round_ + 1) * (12 - cut)]
-            assert together == pytest.approx(values[round_ * 12 : (round_ + 1) * 12], abs=1e-6), name
+        for n in range(3):
+            together = first[name][n * cut : (n + 1) * cut] + second[name][n * rest : (n + 1) * rest]
+            assert together == pytest.approx(values[n * 12 : (n + 1) * 12], abs=1e-6), name
