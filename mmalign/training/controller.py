@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +32,10 @@ class Controller(Protocol):
         """Adjust from the last update's metrics and the probed gradients."""
         ...
 
+    def metrics(self, state: TrainState) -> dict[str, float]:
+        """What to log of this update, the same on every rank."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Everything it learned."""
         ...
@@ -54,6 +60,10 @@ class FixedWeights:
 
     def update(self, metrics: Mapping[str, float], gradients: Mapping[str, list[Tensor]], state: TrainState) -> None:
         """Nothing to learn."""
+
+    def metrics(self, state: TrainState) -> dict[str, float]:
+        """Nothing to log."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to keep."""
@@ -84,6 +94,23 @@ def probed_parameters(modules: Mapping[str, nn.Module], patterns: Sequence[str])
 
 def accumulate_gradients(loss: Tensor, parameters: Sequence[nn.Parameter], into: list[Tensor] | None) -> list[Tensor]:
     """Add d loss / d parameters to ``into`` through ``torch.autograd.grad``, so that ``.grad`` is never touched."""
+    if not loss.requires_grad:  # a term that depends on nothing trainable here, such as one without any rows
+        return into if into is not None else [torch.zeros_like(p) for p in parameters]
     gradients = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
     dense = [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, gradients, strict=True)]
-    return dense if into is None else [a + b for a, b in zip(into, dense, strict=True)]
+    if into is None:
+        # What is added to in place may not be an expanded tensor, nor one that two parameters share (as of a sum of both).
+        homes = [g.untyped_storage().data_ptr() for g in dense]
+        used = Counter(homes)
+        return [g if g.is_contiguous() and used[home] == 1 else g.clone(memory_format=torch.contiguous_format)
+                for g, home in zip(dense, homes, strict=True)]
+    for total, part in zip(into, dense, strict=True):  # in place: two lists at a time, never three
+        total += part
+    return into
+
+
+def fork_generators(device: torch.device) -> AbstractContextManager[None]:
+    """A block that leaves the global generators of the CPU and of ``device`` as they were."""
+    index = [device.index or 0] if device.type == "cuda" else []
+    forked: AbstractContextManager[None] = torch.random.fork_rng(devices=index)
+    return forked

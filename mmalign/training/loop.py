@@ -29,7 +29,7 @@ from mmalign.training.checkpoint import (
     save_state,
     trainable_weights,
 )
-from mmalign.training.controller import Controller, FixedWeights, accumulate_gradients, probed_parameters
+from mmalign.training.controller import Controller, FixedWeights, accumulate_gradients, fork_generators, probed_parameters
 from mmalign.training.experience import BatchShape, Experience
 from mmalign.training.objective import Objective, Term, TrainState, UpdateBatch
 from mmalign.training.optimizers import OptimizerGroup, OptimizerOptions, build_optimizers
@@ -194,8 +194,8 @@ class Loop:
         state, objective = self.state, self.objective
         shared = objective.prepare(update, state)
         denominators = self._sum_over_ranks(objective.counts(update))
-        micros = self._split(update)
-        self._control(update, micros, shared, denominators)
+        self._control(update, shared, denominators)
+        micros = self._split(update.learned())
         weights = self.controller.weights(state)
         sums = MetricSums()
         for position, micro in enumerate(micros):
@@ -206,7 +206,7 @@ class Loop:
                 self.accelerator.backward(loss * self.shape.world_size)
             sums.add(metrics)
             self.tuning.after_micro_backward(self.policy, state)
-        record = dict(update.metrics)
+        record = update.metrics | self.controller.metrics(state)
         record |= self._penalty()
         self.tuning.before_step(self.policy, state)
         record |= self._step()
@@ -259,20 +259,21 @@ class Loop:
         }
         return [update.take({name: parts[i] for name, parts in pieces.items()}) for i in range(count)]
 
-    def _control(
-        self, update: UpdateBatch, micros: Sequence[UpdateBatch], shared: dict[str, Any], denominators: Mapping[str, float],
-    ) -> None:
+    def _control(self, update: UpdateBatch, shared: dict[str, Any], denominators: Mapping[str, float]) -> None:
+        """Show the controller the update's metrics and the gradients that it asks for."""
         names = self.controller.probe(self.state)
         gradients: dict[str, list[Tensor]] = {}
         if names:
             parameters = probed_parameters(self.bare, self.controller.match)
-            for micro in micros:
-                terms, _ = self.objective.loss(micro, shared, self.state)
-                for term in terms:
-                    if term.name in names:
-                        value = reduce(term.values, term.mask, how=term.reduction,
-                                       denominator=denominators[term.name], norm_length=term.norm_length)
-                        gradients[term.name] = accumulate_gradients(value, parameters, gradients.get(term.name))
+            # Looking must not move the dropout masks of the update that follows.
+            with fork_generators(self.accelerator.device), self._synchronised(last=False):
+                for micro in self._split(update):
+                    terms, _ = self.objective.loss(micro, shared, self.state)
+                    for term in terms:
+                        if term.name in names:
+                            value = reduce(term.values, term.mask, how=term.reduction,
+                                           denominator=denominators[term.name], norm_length=term.norm_length)
+                            gradients[term.name] = accumulate_gradients(value, parameters, gradients.get(term.name))
             gradients = {name: [self.accelerator.reduce(g, "sum") for g in grads] for name, grads in gradients.items()}
         self.controller.update({**self.last, **update.metrics}, gradients, self.state)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -79,15 +79,21 @@ class UpdateBatch:
     """In a micro-batch: positions of its rows in the whole update."""
     draws: dict[str, Draw] = field(default_factory=dict)
     """Shared randomness per part, drawn once for the whole update so that splitting cannot change it."""
+    probed: frozenset[str] = frozenset()
+    """Parts whose gradients a controller looks at and that nothing is learned from."""
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self.parts.values())
+
+    def learned(self) -> UpdateBatch:
+        """The update without the parts that are only probed."""
+        return replace(self, parts={name: rows for name, rows in self.parts.items() if name not in self.probed})
 
     def take(self, indices: Mapping[str, Tensor]) -> UpdateBatch:
         """The micro-batch of the given rows of each part."""
         return UpdateBatch(
             {name: rows.take(indices[name]) for name, rows in self.parts.items()}, {}, dict(indices),
-            {name: draw.take(indices[name]) for name, draw in self.draws.items()},
+            {name: draw.take(indices[name]) for name, draw in self.draws.items() if name in self.parts}, self.probed,
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from mmalign.api import run
 from mmalign.core.preference import PREFERENCE_LOSSES
 from mmalign.data.chat import TextEncoding
+from mmalign.policies.base import TextSampling
 from mmalign.policies.loading import ModelOptions, load_policy
 
 
@@ -88,6 +89,55 @@ def test_triples_teach_the_style_of_gold_that_pairs_cannot(tmp_path):
         for other in ("dpo", "cpo", "simpo"):
             assert gains["tpo"] > 2 * max(gains[other], 0.0), gains
         assert accuracy["tpo"] >= accuracy["cpo"] - 0.1, accuracy
+
+
+def wordy_rows(file: Path, seed: int) -> float:
+    """Sums whose chosen answer says the result four times, the rejected a wrong one once; tokens of both, on average."""
+    from mmalign.data.assets import asset_rows
+
+    tokenizer = load_policy(ModelOptions(path="asset:tiny_llama")).tokenizer
+    lengths: list[int] = []
+    with file.open("w") as lines:
+        for i, row in enumerate(asset_rows("asset:arithmetic", split="train", n=120, seed=seed, pairs=True, levels=[1])):
+            right, wrong = row["chosen"][0]["content"], row["rejected"][0]["content"]
+            texts = {"gold": right, "chosen": " ".join([right] * 4), "rejected": wrong}
+            lengths += [len(tokenizer(texts[name])["input_ids"]) + 1 for name in ("chosen", "rejected")]
+            samples = {name: [{"role": "assistant", "content": text}] for name, text in texts.items()}
+            lines.write(json.dumps({"id": str(i), "prompt": row["prompt"], **samples}) + "\n")
+    return sum(lengths) / len(lengths)
+
+
+def sampled_length(model: str) -> float:
+    """Mean tokens of samples to held-out prompts."""
+    from mmalign.data.assets import asset_rows
+
+    prompts = [row["prompt"] for row in asset_rows("asset:arithmetic", split="test", n=16, seed=0, levels=[1])]
+    rollout = load_policy(ModelOptions(path=model)).sample(prompts, 8, TextSampling(max_new_tokens=24),
+                                                           torch.Generator().manual_seed(0))
+    return float(rollout.mask.sum(1).float().mean())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_scores_per_token_do_not_grow_answers_as_sums_do(tmp_path):
+    """Chosen answers are long, rejected ones short: tpo makes its samples longer than tpo_l on average over four seeds.
+
+    A token is pushed equally hard at the start: beta of the means is that of the sums times the length.
+    """
+    differences = []
+    for seed in range(30, 34):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        length = wordy_rows(folder / "rows.jsonl", seed)
+        base = start(folder / "base", seed)
+        ends = {}
+        for name, loss in (("tpo", {"name": "tpo", "beta": 0.1, "alpha": 0.5}),
+                           ("tpo_l", {"name": "tpo_l", "beta": 0.1 * length, "gamma": 0.0, "alpha": 0.5})):
+            model, _ = trained(folder / name, name, seed, base, losses=[loss], data={"path": str(folder / "rows.jsonl")}, steps=120)
+            ends[name] = sampled_length(model)
+        differences.append(ends["tpo"] - ends["tpo_l"])
+    assert sum(differences) > 0, differences
+    assert sum(difference > 0 for difference in differences) >= 3, differences
 
 
 @pytest.mark.slow
