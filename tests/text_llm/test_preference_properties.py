@@ -118,7 +118,6 @@ def sampled_length(model: str) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_scores_per_token_do_not_grow_answers_as_sums_do(tmp_path):
     """Chosen answers are long, rejected ones short: tpo makes its samples longer than tpo_l on average over four seeds.
 
