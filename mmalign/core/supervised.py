@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmalign.core.advantages import discounted_cumsum
-from mmalign.core.logprobs import ActionScores
+from mmalign.core.logprobs import ActionScores, masked_log_mean_exp
 from mmalign.core.registry import Registry
 
 SupervisedLoss = Callable[..., Tensor]
@@ -179,6 +179,56 @@ def propagated_nll(
     weights = propagation_weights(-scores.logp, scores.mask, gamma=gamma, norm=norm, side=side, form=form, source=source,
                                   detach=detach)
     return weights * -scores.logp
+
+
+def length_normalised(seq_logp: Tensor, length: Tensor, group: Tensor) -> Tensor:
+    """``log p_j / length_j x (longest of the group)``, ``[N]``: long members of a group no longer lose by their length alone.
+
+    Source: the option ``norm_marg_by_len`` of Ni et al. 2022, arXiv 2205.14318. Raises ValueError for a length below 1.
+    """
+    _check_groups(seq_logp, group)
+    if length.shape != seq_logp.shape or bool((length < 1).any()):
+        raise ValueError(f"length must be [N] with at least 1 action each, like seq_logp of shape {tuple(seq_logp.shape)}")
+    size = length.to(seq_logp.dtype)
+    longest = size.new_zeros(int(group.max()) + 1 if group.numel() else 0).scatter_reduce(0, group, size, "amax")
+    return seq_logp / size * longest[group]
+
+
+def mle_aug(seq_logp: Tensor, group: Tensor, *, normalize: bool = False) -> Tensor:
+    """``-sum_j log p_j`` over the members of each group, ``[Q]``: every known solution of a task is a target of its own.
+
+    ``seq_logp[N]`` are log-probs of whole solutions, ``group[N]`` ids counted from 0 without a gap. ``normalize`` divides by the
+    size of the group. A group of one is maximum likelihood. Source: Ni et al. 2022, arXiv 2205.14318 (MLE-Aug). Raises
+    ValueError for an empty group.
+    """
+    size = _check_groups(seq_logp, group)
+    total = -torch.zeros(len(size), dtype=seq_logp.dtype, device=seq_logp.device).index_add(0, group, seq_logp)
+    return total / size.to(total.dtype) if normalize else total
+
+
+def mml(seq_logp: Tensor, group: Tensor, *, beta: float = 1.0) -> Tensor:
+    """``-(1 / beta) log sum_j p_j^beta`` over the members of each group, ``[Q]``: the solutions of a task share one target.
+
+    The gradient weighs member j by ``softmax(beta log p)_j``: with ``beta`` 1 (maximum marginal likelihood) mostly the
+    solution that is likely already, towards 0 all alike. Arguments as in :func:`mle_aug`. Source: Ni et al. 2022, arXiv
+    2205.14318. Raises ValueError for ``beta`` outside (0, 1] and for an empty group.
+    """
+    if not 0 < beta <= 1:
+        raise ValueError(f"beta is {beta}; it must lie in (0, 1]")
+    size = _check_groups(seq_logp, group)
+    every = torch.ones_like(group, dtype=torch.bool)
+    mean = masked_log_mean_exp(seq_logp, group, every, tau=1.0 / beta)
+    return -(mean + size.to(seq_logp.dtype).log() / beta)
+
+
+def _check_groups(seq_logp: Tensor, group: Tensor) -> Tensor:
+    """Members of every group, ``[Q]``."""
+    if seq_logp.dim() != 1 or group.shape != seq_logp.shape:
+        raise ValueError(f"seq_logp and group have shapes {tuple(seq_logp.shape)} and {tuple(group.shape)}; both are [N]")
+    size = torch.bincount(group) if group.numel() else group.new_zeros(0)
+    if bool((size == 0).any()):
+        raise ValueError(f"group {int((size == 0).nonzero()[0])} has no member; a task always holds its reference solution")
+    return size
 
 
 def neftune_noise(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -113,6 +114,7 @@ def _stage_section(run: Run, stage: StageRecord, position: int) -> str:
     parts += [f'<p class="{"warning" if remark.serious else "remark"}">{escape(remark.text)}</p>'
               for remark in diagnose(stage.records)]
     parts.append(curves(stage.records))
+    parts.append(figures(stage))
     split = phase_seconds(stage.records)
     if split:
         parts.append(f"<h3>Where the time went</h3>{stacked_bar(split)}")
@@ -124,6 +126,14 @@ def _stage_section(run: Run, stage: StageRecord, position: int) -> str:
         parts.append(f"<details><summary>Configuration of {escape(stage.name)}</summary><pre>{escape(dump_yaml(stage.config))}"
                      "</pre></details>")
     return "".join(parts) + "</section>"
+
+
+def figures(stage: StageRecord) -> str:
+    """Pictures that a stage left beside its manifest (heat maps, histograms), embedded; "" when there are none."""
+    shown = [f'<figure><img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" '
+             f'alt="{escape(path.stem)}"><figcaption>{escape(path.stem.replace("_", " "))}</figcaption></figure>'
+             for path in sorted(stage.folder.glob("*.png"))]
+    return "".join(shown)
 
 
 def _final_numbers(stage: StageRecord) -> str:

@@ -30,7 +30,7 @@ class CompareParentsOptions(Options):
 @stage("compare_parents", options=CompareParentsOptions, outputs=("folder",))
 def compare_parents(options: CompareParentsOptions, context: StageContext) -> StageResult:
     """Synergy, improvement and diversity of a merge, measure by measure; positive is better, also for likelihoods."""
-    measured = [(name, _measures(getattr(options, name), name)) for name in ("first", "second", "merged")]
+    measured = [(name, measures(getattr(options, name), name)) for name in ("first", "second", "merged")]
     shared = [name for name in measured[0][1] if all(name in values for _, values in measured)]
     if not shared:
         raise ConfigError("first, second, merged: the three stages measured nothing in common; run the same stage with the same "
@@ -50,7 +50,7 @@ def compare_parents(options: CompareParentsOptions, context: StageContext) -> St
     return StageResult({"folder": str(context.folder)}, metrics)
 
 
-def _measures(folder: str, key: str) -> dict[str, float]:
+def measures(folder: str, key: str) -> dict[str, float]:
     """Means that a stage measured, turned so that higher is better: rewards as they are, likelihoods negated."""
     path = Path(folder) / "manifest.json"
     try:

@@ -45,6 +45,8 @@ class SelectOptions(Options):
     statistical_rejection: n samples per prompt accepted as RSO does, then paired; triples: (gold, chosen, rejected)."""
     k: int | None = None
     """Rows kept by top_k."""
+    tie_break: str | None = None
+    """best: column whose larger value decides between equal scores (``mean_logp`` of the stage generate); null: the first."""
     min_margin: float = 0.0
     """Pairs whose scores differ by no more than this are dropped (best_worst, triples)."""
     n: int | None = None
@@ -71,6 +73,8 @@ class SelectOptions(Options):
             raise ValueError(f"n: required by mode statistical_rejection, and at least 2 to make a pair, not {self.n}")
         if math.isnan(self.beta) or self.beta < 0:
             raise ValueError(f"beta must be 0, positive or .inf, not {self.beta}")
+        if self.tie_break is not None and self.mode != "best":
+            raise ValueError(f"tie_break: decides between equal scores in mode best, not {self.mode}; leave it out")
         if self.chosen_rank < 2:
             raise ValueError(f"chosen_rank must be at least 2 (1 is the gold response), not {self.chosen_rank}")
 
@@ -127,6 +131,10 @@ class Selector:
 
     def best(self, rows: Sequence[Row], given: int) -> list[Row]:
         """The best sample."""
+        column = self.options.tie_break
+        if column is not None:
+            # Sorted by the second criterion first: among equal scores the earliest is then the largest in it.
+            rows = sorted(rows, key=lambda row: -float(row[column]))
         return [dict(rows[int(best_of_group(_scores(rows), torch.zeros(len(rows), dtype=torch.long))[0])])]
 
     def best_worst(self, rows: Sequence[Row], given: int) -> list[Row]:
@@ -248,6 +256,7 @@ def _check_columns(row: Mapping[str, Any], options: SelectOptions) -> None:
     needed = ["score"] if options.mode == "top_k" else ["score", "group"]
     if options.mode == "statistical_rejection":
         needed += ["prompt"] if options.ranker is not None else [options.label_by]
+    needed += [options.tie_break] if options.tie_break is not None else []
     missing = [name for name in needed if name not in row]
     if missing:
         raise DataError(f"data.path: the select stage needs the column {missing[0]!r}; run a score stage first. "

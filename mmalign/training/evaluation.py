@@ -32,6 +32,8 @@ class EvaluationOptions(Options):
     """Samples of every prompt."""
     greedy: bool = True
     """Text: take the most likely tokens. Images always use fixed seeds."""
+    by: str | None = None
+    """Column whose groups (tasks, languages, ...) are measured on their own as well, as ``group/GROUP/REWARD``."""
 
 
 @dataclass
@@ -60,9 +62,12 @@ class Evaluation:
 
 def evaluate_policy(
     policy: Policy, examples: Sequence[Mapping[str, Any]], rewards: RewardSet, sampling: Any, *,
-    completions_per_prompt: int = 1, seed: int = 0,
+    completions_per_prompt: int = 1, seed: int = 0, by: str | None = None,
 ) -> Evaluation:
-    """Sample every example's prompt and score the samples; the same seed gives the same noise whatever the weights."""
+    """Sample every example's prompt and score the samples; the same seed gives the same noise whatever the weights.
+
+    ``by`` names a column whose groups are measured on their own as well.
+    """
     with torch.no_grad():
         rollout = policy.sample(
             [example["prompt"] for example in examples], completions_per_prompt, sampling,
@@ -76,7 +81,19 @@ def evaluate_policy(
     for name, values in evaluation.prompt_means().items():
         mean, error = mean_and_error([value for value in values if value == value])
         evaluation.metrics |= {f"eval/{name}": mean, f"eval/{name}/error": error}
+        if by is not None:
+            evaluation.metrics |= group_means(values, [example[by] for example in examples], name)
     return evaluation
+
+
+def group_means(values: Sequence[float], groups: Sequence[Any], reward: str) -> dict[str, float]:
+    """Mean and standard error of a reward in every group of prompts, as ``group/GROUP/REWARD``; NaN values are left out."""
+    metrics: dict[str, float] = {}
+    for group in sorted({str(name) for name in groups}):
+        kept = [value for value, own in zip(values, groups, strict=True) if str(own) == group and value == value]
+        mean, error = mean_and_error(kept)
+        metrics |= {f"group/{group}/{reward}": mean, f"group/{group}/{reward}/error": error}
+    return metrics
 
 
 def save_samples(evaluation: Evaluation, folder: Path, *, limit: int | None = None) -> None:
@@ -94,7 +111,8 @@ def save_samples(evaluation: Evaluation, folder: Path, *, limit: int | None = No
         else:
             record["completion"] = sample
         record["rewards"] = {name: None if values[i] != values[i] else values[i] for name, values in rewards.items()}
-        record |= {name: values[i] for name, values in rollout.columns.items() if _is_json(values[i])}
+        # A column of the data may be called as the sample is (the reference completion): the sample stays.
+        record |= {name: values[i] for name, values in rollout.columns.items() if name not in record and _is_json(values[i])}
         lines.append(json.dumps(record, ensure_ascii=False))
     (folder / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "evaluation.json").write_text(json.dumps({

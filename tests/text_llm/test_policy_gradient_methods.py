@@ -75,7 +75,8 @@ def test_several_rewards_are_standardised_one_by_one(tmp_path: Path) -> None:
         standard = torch.where(flat, 0.0, centred / (single.std(1, keepdim=True) + 1e-4)).reshape(16, 2)
         total = standard @ torch.tensor(weights, dtype=torch.float64)
         expected = (total - total.mean()) / (total.std() + 1e-4)
-        torch.testing.assert_close(torch.tensor(rollout.columns["advantages"], dtype=torch.float64), expected, rtol=1e-4, atol=1e-5)
+        found = torch.tensor(rollout.columns["advantages"], dtype=torch.float64)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert seen[0].columns["advantages"] != seen[1].columns["advantages"]
 
 

@@ -132,7 +132,8 @@ def test_scores_per_token_do_not_grow_answers_as_sums_do(tmp_path):
         ends = {}
         for name, loss in (("tpo", {"name": "tpo", "beta": 0.1, "alpha": 0.5}),
                            ("tpo_l", {"name": "tpo_l", "beta": 0.1 * length, "gamma": 0.0, "alpha": 0.5})):
-            model, _ = trained(folder / name, name, seed, base, losses=[loss], data={"path": str(folder / "rows.jsonl")}, steps=120)
+            rows = {"path": str(folder / "rows.jsonl")}
+            model, _ = trained(folder / name, name, seed, base, losses=[loss], data=rows, steps=120)
             ends[name] = sampled_length(model)
         differences.append(ends["tpo"] - ends["tpo_l"])
     assert sum(differences) > 0, differences

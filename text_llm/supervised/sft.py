@@ -12,7 +12,7 @@ from mmalign.data.concatenation import ConcatenatedRows, column
 from mmalign.errors import ConfigError
 from mmalign.methods.registry import method
 from mmalign.methods.training import BuildContext, LossOptions, TrainingParts, loss_terms, total_steps
-from mmalign.policies.base import Policy
+from mmalign.policies.base import Policy, TextSampling
 from mmalign.training.experience import DatasetExperience
 from mmalign.training.objective import Supervised
 from mmalign.training.options import TrainOptions
@@ -32,6 +32,14 @@ class SFTOptions(TrainOptions):
     """Uniform noise on the input embeddings while training (NEFTune); null is off."""
     mixture: BalanceOptions | None = None
     """Draw rows by the group of a column (language, task, ...) rather than each once per epoch."""
+    sampling: TextSampling = TextSampling()
+    """How ``evaluation`` draws completions; training does not sample."""
+
+    def model_post_init(self, context: Any, /) -> None:
+        """An evaluation needs something to measure."""
+        super().model_post_init(context)
+        if self.evaluation is not None and not self.evaluation.rewards:
+            raise ValueError("evaluation.rewards: required, since fine-tuning has no rewards of its own to measure")
 
 
 class ContinuedPretrainingOptions(SFTOptions):
@@ -78,7 +86,10 @@ def _parts(
                            neftune_noise_alpha=options.neftune_noise_alpha)
     sampler = None if options.mixture is None else _balanced(options, options.mixture, context, examples)
     experience = DatasetExperience(policy, examples, context.shape, seed=context.seed, rank=context.state.rank, sampler=sampler)
-    return TrainingParts(policy, objective, experience, rows=len(examples))
+    evaluation = None
+    if options.evaluation is not None:
+        evaluation = (options.evaluation, context.rewards(options.evaluation.rewards or []), options.sampling)
+    return TrainingParts(policy, objective, experience, rows=len(examples), evaluation=evaluation)
 
 
 def _balanced(
