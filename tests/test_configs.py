@@ -22,6 +22,9 @@ STAND_INS = {
     "grpo": ["data={path: asset:arithmetic, limit: 8}"],
     "ppo": ["data={path: asset:arithmetic, limit: 8}", "rewards=[{name: answer_match}]", "value={kind: separate}",
             "reference={kind: soup, checkpoints: [asset:tiny_llama, asset:tiny_llama]}"],
+    "self_sampling": ["data={path: asset:word_programs, limit: 8}", "programs_from=completion"],
+    "amft": ["data={path: asset:arithmetic, limit: 8}", "validation.data={path: asset:arithmetic, split: test, limit: 8}"],
+    "fol_correction": ["data={path: asset:fol, limit: 8, arguments: {task: loop}}"],
     "diffusion_sft": ["data={path: asset:shapes, limit: 8}"],
     "diffusion_dpo": ["data={path: asset:shapes, limit: 8, arguments: {pairs: true}}"],
     "ddpo": ["data={path: asset:shapes, limit: 8}"],
@@ -31,7 +34,7 @@ STAND_INS = {
 ROW = {
     "prompt": "What is 3 + 4?", "completion": " 7", "answer": "7", "chosen": " 7", "rejected": " 8", "gold": " It is 7.",
     "generated": " 9", "label": True, "margin": 0.5, "teacher_logp": -1.5,
-    "language": "english",
+    "language": "english", "task": "sums", "reward_type": "exact",
 }
 """A row with every column that some text method reads."""
 

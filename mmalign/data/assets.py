@@ -161,6 +161,18 @@ def _arithmetic(
                            form=form, worked=worked, pairs=pairs, triples=triples)
 
 
+@asset("word_programs", kind="data", description="word problems with a reference program, and equivalent programs",
+       size="built")
+def _word_programs(
+    n: int | None, *, split: str, seed: int, form: Literal["text", "messages"] = "text", largest: int = 20, stories: int = 4,
+    short: bool = False, varied: bool = False,
+) -> list[dict[str, Any]]:
+    from mmalign.data.word_programs import make_word_programs
+
+    return make_word_programs(512 if n is None else n, split=split, seed=seed, form=form, largest=largest, stories=stories,
+                              short=short, varied=varied)
+
+
 @asset("languages", kind="data", description="one story in four languages of very different sizes, parallel sentences",
        size="built")
 def _languages(
@@ -182,6 +194,17 @@ def _frozen_lake(
     return make_frozen_lake(512 if n is None else n, split=split, seed=seed, size=size, holes=holes, pairs=pairs, images=images)
 
 
+@asset("general_points", kind="data", description="the card game 24: four cards, a formula that makes 24, exact solutions",
+       size="built")
+def _general_points(
+    n: int | None, *, split: str, seed: int, faces: Literal["ten", "rank"] = "ten", goal: int = 24, cards: int = 4,
+    highest: str = "K", form: Literal["messages", "text"] = "messages",
+) -> list[dict[str, Any]]:
+    from mmalign.data.general_points import make_general_points
+
+    return make_general_points(n, split=split, seed=seed, faces=faces, goal=goal, cards=cards, highest=highest, form=form)
+
+
 @asset("code_tree", kind="data", description="parents, paths, descriptions in a hierarchy of codes (objects, synthetic, ICD-10)",
        size="built; ICD-10 in the packages of the extra hierarchy")
 def _code_tree(
@@ -192,6 +215,17 @@ def _code_tree(
 
     own = {key: value for key, value in (("branching", branching), ("depth", depth)) if value is not None}
     return make_tree_rows(n, seed=seed, tree=tree, kind=kind, root=root, **own)
+
+
+@asset("short_tasks", kind="data", description="five short tasks with a reward type each (tags, spans, lists, German, code), "
+       "and a general set", size="built")
+def _short_tasks(
+    n: int | None, *, split: str, seed: int, source: str = "domain", shares: dict[str, float] | None = None,
+    form: str = "text",
+) -> list[dict[str, Any]]:
+    from mmalign.data.short_tasks import make_short_tasks
+
+    return make_short_tasks(n, split=split, seed=seed, source=source, shares=shares, form=form)
 
 
 @asset("digits", kind="data", description="1797 hand-written digits with their class (needs scikit-learn)",
@@ -209,3 +243,17 @@ def _emoji(n: int | None, *, split: str, seed: int, vendor: str = "google", size
     from mmalign.data.emoji import load_emoji
 
     return load_emoji(n, split=split, seed=seed, vendor=vendor, size=size, categories=categories)
+
+
+@asset("fol", kind="data", description="sentences and their first-order logic, with a careless translator's formulas",
+       size="built")
+def _fol(
+    n: int | None, *, split: str, seed: int, errors: float = 0.7, task: str | None = None,
+    perturbation: dict[str, Any] | None = None, per_row: int | None = None, ascii: bool | None = None,
+    instruction: str | None = None,
+) -> list[dict[str, Any]]:
+    from mmalign.data.fol_corpus import make_fol_corpus
+
+    given = {"perturbation": perturbation, "per_row": per_row, "ascii": ascii, "instruction": instruction}
+    options = {key: value for key, value in given.items() if value is not None}
+    return make_fol_corpus(512 if n is None else n, split=split, seed=seed, errors=errors, task=task, **options)

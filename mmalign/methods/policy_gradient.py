@@ -69,7 +69,7 @@ SCALED = ("grpo", "grpo_batch_std", "reinforce_pp_baseline", "prompt_statistics"
 def policy_gradient_parts(
     options: PolicyGradientOptions, context: BuildContext, policy: Policy, sampling: Any, *, temperature: float = 1.0,
     value: ValueFunction | None = None, value_coef: float = 0.1, value_clip: float = math.inf, missing_eos_penalty: float = 0.0,
-    replay_tolerance: float | None = None, make_experience: Callable[..., RolloutExperience] = RolloutExperience,
+    make_experience: Callable[..., RolloutExperience] = RolloutExperience,
 ) -> TrainingParts:
     """Policy, objective and rollout experience (``make_experience`` builds it) of a policy-gradient method."""
     name = options.loss.name
@@ -102,7 +102,7 @@ def policy_gradient_parts(
         # Groups left over by dynamic sampling come from the policy before: their ratio is not 1.
         on_policy=context.shape.updates_per_rollout == 1 and options.dynamic_sampling is None,
         kl=options.kl, entropy_coef=options.loss.entropy_coef,
-        value=value, value_coef=value_coef, value_clip=value_clip, replay_tolerance=replay_tolerance,
+        value=value, value_coef=value_coef, value_clip=value_clip,
     )
     experience = make_experience(
         policy, examples, rewards, context.shape, settings, context.state, timer=context.timer, reference=reference,
@@ -164,9 +164,6 @@ def check_combination(
     if options.dynamic_sampling is not None and options.dynamic_sampling.mode != "any" and completions < 2:
         raise ConfigError(f"dynamic_sampling.mode: {options.dynamic_sampling.mode} compares the samples of a prompt and needs "
                           "batch.completions_per_prompt of at least 2")
-    if placement is not None and options.kl.gaussian and can_be_greedy:
-        raise ConfigError(f"kl.estimator: {options.kl.kind} compares the Gaussians of denoising steps, and actions here are "
-                          "tokens; use k3, k2 or another estimate from log-probs")
     if placement is not None and options.reference.kind == "none":
         raise ConfigError("reference.kind: none leaves nothing for kl.coef to compare with; set kl.coef: 0")
     if placement is not None and options.reference.kind == "precomputed":
@@ -187,8 +184,8 @@ def _check_loss(options: PolicyGradientOptions, loss: str, arguments: dict[str, 
     level = "sequence" if loss == "gspo" else arguments.get("level", "token")
     how = REDUCTIONS.canonical(options.loss.reduction) if options.loss.reduction in REDUCTIONS else options.loss.reduction
     if level != "token" and how not in ("seq_mean_token_mean", "seq_mean_token_sum"):
-        raise ConfigError(f"loss.reduction: {options.loss.reduction} divides by a number of tokens, and {loss} at level {level} has "
-                          "one value per sequence; use seq_mean_token_mean")
+        raise ConfigError(f"loss.reduction: {options.loss.reduction} divides by a number of tokens, and {loss} at level {level} "
+                          "has one value per sequence; use seq_mean_token_mean")
 
 
 def _check_normalised(options: PolicyGradientOptions, estimator: str, placement: str | None) -> None:

@@ -83,7 +83,9 @@ class RewardOptions(Component, Options):
 
 
 def _populate() -> None:
-    for module in ("text", "maths", "images", "learned", "ranking"):
+    for module in (
+        "text", "maths", "images", "learned", "logic", "ranking", "routing", "text_metrics", "programs", "general_points",
+    ):
         importlib.import_module(f"mmalign.rewards.{module}")
     from importlib.metadata import entry_points
 
@@ -217,7 +219,10 @@ def build(options: RewardOptions, *, config_folder: Path | None = None, key: str
     if inspect.isclass(found):
         if hasattr(found, "from_config"):
             return found.from_config(**options.arguments), {}
-        return found(**bind(options, _option_signature(found), key=key)), {}
+        arguments = bind(options, _option_signature(found), key=key, ignore=("config_folder",))
+        if "config_folder" in inspect.signature(found).parameters:  # rewards that name other rewards
+            arguments["config_folder"] = config_folder
+        return found(**arguments), {}
     return found, bind(options, _option_signature(found, registered=":" not in options.name), key=key)
 
 

@@ -32,6 +32,9 @@ def grpo(**extra: Any) -> Tree:
             "batch": {"prompts_per_rollout": 2, "completions_per_prompt": 2}, **extra}
 
 
+TWO_REWARDS = [{"name": "answer_match"}, {"name": "within_length", "max_length": 9}]
+
+
 def run(tree: Tree, folder: Path) -> Any:
     return run_plan(make_plan({**tree, "run_dir": str(folder / "run")}, config_folder=folder), quiet=True)
 
@@ -64,9 +67,8 @@ def refused(tree: Tree, folder: Path, error: type[MmalignError], *parts: str) ->
      ["loss.name", "reinforce", "2 updates"]),
     (grpo(loss={"name": "gspo", "reduction": "token_mean"}), ["loss.reduction", "token_mean", "seq_mean_token_mean"]),
     (grpo(reward_combination="normalize_then_sum"), ["reward_combination", "only one"]),
-    (grpo(reward_combination="normalize_then_sum", rewards=[{"name": "answer_match"}, {"name": "within_length", "max_length": 9}]),
-     ["advantage.name", "grpo", "reinforce_pp_baseline"]),
-    (grpo(reward_combination="normalize_then_sum", rewards=[{"name": "answer_match"}, {"name": "within_length", "max_length": 9}],
+    (grpo(reward_combination="normalize_then_sum", rewards=TWO_REWARDS), ["advantage.name", "grpo", "reinforce_pp_baseline"]),
+    (grpo(reward_combination="normalize_then_sum", rewards=TWO_REWARDS,
           advantage={"name": "dr_grpo"}, kl={"coef": 0.1, "placement": "sequence_reward"}), ["kl.placement", "sequence_reward"]),
     (grpo(sampling={"min_new_tokens": 2}), ["sampling.min_new_tokens"]),
     (grpo(sampling={"temperature": 0}), ["sampling.temperature"]),
