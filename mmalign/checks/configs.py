@@ -79,7 +79,7 @@ class StageCheck:
             self._training(self.options, self.method)
         model_known = self._model()
         rows = self._data("data", getattr(self.options, "data", None))
-        evaluation = getattr(self.options, "evaluation", None)
+        evaluation = self.options.evaluation if isinstance(self.options, TrainOptions) else None
         if evaluation is not None:
             held_out = self._data("evaluation.data", evaluation.data)
             self._leak(rows, held_out)
