@@ -131,7 +131,6 @@ def check_combination(
         raise ConfigError(f"batch.completions_per_prompt: advantage {estimator!r} compares the samples of a prompt "
                           f"and needs at least 2; use more, or an advantage without groups: {', '.join(STATISTICS)}, reinforce, "
                           "remax")
-    _check_loss(options, loss, arguments, updates_per_rollout)
     if estimator == "remax" and not can_be_greedy:
         raise ConfigError("advantage.name: remax compares with the greedy sample of a prompt, and this policy has no most likely "
                           "sample; use rloo, grpo or prompt_statistics")
@@ -148,6 +147,7 @@ def check_combination(
         cause = "advantage gae" if estimator == "gae" else "kl.placement token_reward"
         raise ConfigError(f"loss.name: {loss} has one ratio per sequence, and {cause} gives one advantage per action; use "
                           "ppo_clip at level token, or kl.placement sequence_reward with a group estimator")
+    _check_loss(options, loss, arguments, updates_per_rollout)
     if placement == "token_reward" and estimator in SCALED:
         raise ConfigError(f"kl.placement: token_reward charges nats to single actions, but advantage {estimator!r} is in units "
                           "of the spread of rewards; use sequence_reward or advantage, or an estimator that does not scale "

@@ -26,6 +26,8 @@ PIPELINE_CONFIGS = {name: f"{CONFIG_FOLDERS[METHODS.get(name).modality]}/{name}.
 SMALL = {
     "grpo": ["batch.passes_per_rollout=2", "batch.examples_per_update=8", "batch.examples_per_forward=4", "kl.coef=0.05"],
     "ppo": ["kl.adaptive={target: 0.5, horizon: 100}", "reference={kind: bema, every: 1}"],
+    # One update per rollout: their loss knows the current policy only.
+    "reinforce": ["batch.examples_per_forward=8"], "remax": ["batch.examples_per_forward=8"],
     "diffusion_sft": ["batch.examples_per_update=8", "batch.examples_per_forward=4", "ema={decay: 0.9}"],
     "ddpo": ["batch.prompts_per_rollout=4", "batch.completions_per_prompt=2", "batch.examples_per_update=4", "sampling.steps=4",
              "batch.examples_per_forward=4"],
