@@ -25,7 +25,7 @@ _MODULES = {
         "sequence_log_prob", "token_log_probs",
     ),
     "output_head": ("OutputHead", "score_positions"),
-    "policy_gradient": ("POLICY_LOSSES", "clipped_value_loss", "disco", "policy_loss", "policy_ratio"),
+    "policy_gradient": ("POLICY_LOSSES", "clip_bounds", "clipped_value_loss", "disco", "policy_loss", "policy_ratio"),
     "preference": (
         "POINTWISE_LOSSES", "PREFERENCE_LOSSES", "PreferenceLoss", "clipped_logratio", "pointwise_loss", "preference_loss",
         "wpo_weights",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
-from typing import Literal, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,20 @@ POLICY_LOSSES: Registry[PolicyLoss] = Registry("policy loss")
 def policy_loss(name: str, *, aliases: tuple[str, ...] = ()) -> Callable[[LossT], LossT]:
     """Register a policy loss under ``name``."""
     return POLICY_LOSSES.register(name, aliases=aliases)
+
+
+def clip_bounds(name: str, arguments: Mapping[str, Any]) -> tuple[Level, dict[str, float]]:
+    """Level of the ratio of a registered loss, and the ratios beyond which it is clipped (``low``, ``high``; {} for none).
+
+    ``arguments`` are those given; the others are the defaults of the loss.
+    """
+    name = POLICY_LOSSES.canonical(name)
+    values = {n: p.default for n, p in inspect.signature(POLICY_LOSSES.get(name)).parameters.items()} | dict(arguments)
+    level: Level = "sequence" if name == "gspo" else values.get("level", "token")
+    if name == "cispo":  # its bound is on the weight itself, not on the distance to 1
+        return level, {"high": float(values["clip_high"])}
+    sides = {"low": -1.0, "high": 1.0}
+    return level, {side: 1 + sign * float(values[f"clip_{side}"]) for side, sign in sides.items() if f"clip_{side}" in values}
 
 
 def policy_ratio(logp: Tensor, old_logp: Tensor | None, mask: Tensor | None = None, *, level: Level = "token") -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from mmalign.config import bind
 from mmalign.core.advantages import ADVANTAGES
-from mmalign.core.policy_gradient import POLICY_LOSSES
+from mmalign.core.policy_gradient import POLICY_LOSSES, clip_bounds
 from mmalign.core.reduce import REDUCTIONS
 from mmalign.errors import ConfigError, DataError
 from mmalign.methods.training import BuildContext, TrainingParts
@@ -143,11 +143,12 @@ def check_combination(
             "advantage.name: gae needs a value function, which this method does not train; use method ppo, or a group "
             "estimator such as grpo or rloo")
     per_action = estimator == "gae" or placement == "token_reward"
-    if per_action and (loss == "gspo" or arguments.get("level", "token") != "token"):
+    level, _ = clip_bounds(loss, arguments)
+    if per_action and level != "token":
         cause = "advantage gae" if estimator == "gae" else "kl.placement token_reward"
         raise ConfigError(f"loss.name: {loss} has one ratio per sequence, and {cause} gives one advantage per action; use "
                           "ppo_clip at level token, or kl.placement sequence_reward with a group estimator")
-    _check_loss(options, loss, arguments, updates_per_rollout)
+    _check_loss(options, loss, level, updates_per_rollout)
     if placement == "token_reward" and estimator in SCALED:
         raise ConfigError(f"kl.placement: token_reward charges nats to single actions, but advantage {estimator!r} is in units "
                           "of the spread of rewards; use sequence_reward or advantage, or an estimator that does not scale "
@@ -171,7 +172,7 @@ def check_combination(
                           "use frozen_copy, adapter_off or another kind that keeps weights")
 
 
-def _check_loss(options: PolicyGradientOptions, loss: str, arguments: dict[str, Any], updates_per_rollout: int) -> None:
+def _check_loss(options: PolicyGradientOptions, loss: str, level: str, updates_per_rollout: int) -> None:
     """Refuse a loss that is not defined for the updates or the reduction it would meet."""
     if loss == "reinforce" and updates_per_rollout > 1:
         raise ConfigError(
@@ -181,7 +182,6 @@ def _check_loss(options: PolicyGradientOptions, loss: str, arguments: dict[str, 
     if loss == "reinforce" and options.dynamic_sampling is not None:
         raise ConfigError("dynamic_sampling: groups left over are from the policy before, which loss reinforce takes for the "
                           "current one; use ppo_clip, gspo or cispo")
-    level = "sequence" if loss == "gspo" else arguments.get("level", "token")
     how = REDUCTIONS.canonical(options.loss.reduction) if options.loss.reduction in REDUCTIONS else options.loss.reduction
     if level != "token" and how not in ("seq_mean_token_mean", "seq_mean_token_sum"):
         raise ConfigError(f"loss.reduction: {options.loss.reduction} divides by a number of tokens, and {loss} at level {level} "

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from mmalign.core.seeding import generator
 from mmalign.data.loading import load_rows
 from mmalign.policies.base import Policy, TextSampling
@@ -13,6 +11,7 @@ from mmalign.policies.loading import load_policy
 from mmalign.stage_kinds.records import Chunk, sample_records, write_in_chunks
 from mmalign.stage_kinds.sampling import SampledOptions, sampling_for
 from mmalign.stages import StageContext, StageResult, stage
+from mmalign.training.rollout_advantages import mean_per_row
 
 
 class GenerateOptions(SampledOptions):
@@ -56,8 +55,7 @@ def generate(options: GenerateOptions, context: StageContext) -> StageResult:
         )
         records = sample_records(rollout, examples, first_group=chunk.start)
         if options.mean_logp:
-            counts = rollout.mask.sum(1).clamp(min=1)
-            means = torch.where(rollout.mask.bool(), rollout.old_logp, 0.0).double().sum(1) / counts
+            means = mean_per_row(rollout.old_logp, rollout.mask)
             records = [{**record, "mean_logp": float(mean)} for record, mean in zip(records, means, strict=True)]
         return records, {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -74,7 +75,7 @@ def advantage_function(
     except ValueError as error:
         raise ConfigError(f"{key}.name: {error}; or {', '.join(STATISTICS)}, gae") from None
     function = ADVANTAGES.get(name)
-    arguments = bind(options, function, key=key, ignore=("actions", "greedy"))
+    estimate = partial(function, **bind(options, function, key=key, ignore=("actions", "greedy")))
 
     def advantages(rollout: Rollout, total: Tensor) -> Tensor:
         columns = {}
@@ -82,29 +83,22 @@ def advantage_function(
             columns["actions"] = rollout.mask.sum(1)
         elif name == "remax":
             columns["greedy"] = torch.as_tensor(rollout.columns[GREEDY], dtype=torch.float32)
-        apply = _over_ranks if name in OF_THE_BATCH else _here
-        return apply(function, total, rollout.group, arguments, columns).clamp(-limit, limit)
+        if name in OF_THE_BATCH:
+            return _over_ranks(estimate, total, rollout.group, columns).clamp(-limit, limit)
+        return estimate(total, rollout.group, **columns).clamp(-limit, limit)
 
     return advantages, None
 
 
-def _here(
-    function: Callable[..., Tensor], total: Tensor, group: Tensor, arguments: dict[str, Any], columns: dict[str, Tensor],
-) -> Tensor:
-    return function(total, group, **arguments, **columns)
-
-
-def _over_ranks(
-    function: Callable[..., Tensor], total: Tensor, group: Tensor, arguments: dict[str, Any], columns: dict[str, Tensor],
-) -> Tensor:
-    """``function`` on the rows of all processes; this process's part of the result."""
+def _over_ranks(estimate: Callable[..., Tensor], total: Tensor, group: Tensor, columns: dict[str, Tensor]) -> Tensor:
+    """``estimate`` on the rows of all processes; this process's part of the result."""
     parts, rank = gather_objects((total.cpu(), group.cpu(), {name: value.cpu() for name, value in columns.items()}))
     if len(parts) == 1:
-        return function(total, group, **arguments, **columns)
+        return estimate(total, group, **columns)
     # Groups are numbered on every process from 0.
     groups = [group + sum(int(other.max()) + 1 for _, other, _ in parts[:at]) for at, (_, group, _) in enumerate(parts)]
     together = {name: torch.cat([own[name] for _, _, own in parts]) for name in columns}
-    values = function(torch.cat([rewards for rewards, _, _ in parts]), torch.cat(groups), **arguments, **together)
+    values = estimate(torch.cat([rewards for rewards, _, _ in parts]), torch.cat(groups), **together)
     return values.split([len(rewards) for rewards, _, _ in parts])[rank].to(total.device)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from mmalign.config import Component
 from mmalign.core.divergence import kl_estimate
-from mmalign.core.policy_gradient import POLICY_LOSSES, Level, clipped_value_loss, policy_ratio
+from mmalign.core.policy_gradient import POLICY_LOSSES, clip_bounds, clipped_value_loss, policy_ratio
 from mmalign.core.reduce import count
 from mmalign.data.rows import Rows
 from mmalign.policies.base import Policy
@@ -46,20 +45,6 @@ class PolicyLoss:
     norm_length: int | None = None
 
 
-def clip_bounds(name: str, function: Callable[..., Tensor], arguments: Mapping[str, Any]) -> tuple[Level, dict[str, float]]:
-    """The level of a loss's ratio, and the bounds beyond which it is clipped (``low`` and ``high``, where it has them)."""
-    values = {n: p.default for n, p in inspect.signature(function).parameters.items()} | dict(arguments)
-    level: Level = "sequence" if name == "gspo" else values.get("level", "token")
-    if name == "cispo":
-        return level, {"high": float(values["clip_high"])}
-    bounds = {}
-    if "clip_low" in values:
-        bounds["low"] = 1 - float(values["clip_low"])
-    if "clip_high" in values:
-        bounds["high"] = 1 + float(values["clip_high"])
-    return level, bounds
-
-
 class PolicyGradient(PolicyObjective):
     """``reduce(loss(logp, old_logp, A)) + kl_coef reduce(KL) - entropy_coef reduce(H) + value_coef token_mean(L_V)``.
 
@@ -79,7 +64,7 @@ class PolicyGradient(PolicyObjective):
     ) -> None:
         self.policy, self.policy_loss, self.temperature, self.on_policy = policy, loss, temperature, on_policy
         self.function = POLICY_LOSSES.get(loss.name)
-        self.level, self.bounds = clip_bounds(loss.name, self.function, loss.arguments)
+        self.level, self.bounds = clip_bounds(loss.name, loss.arguments)
         self.kl = kl if kl is not None and kl.coef and kl.placement == "loss" else None
         self.entropy_coef = entropy_coef
         self.value, self.value_coef, self.value_clip = value, value_coef, value_clip

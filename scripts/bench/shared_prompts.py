@@ -41,11 +41,12 @@ def side(case: Case, steps: int, *, share: bool) -> Measurement:
     meter = Meter()
     policy = CausalLMPolicy.from_pretrained(workload.model_folder(), device="cpu", layout=layout)
     meter.model_loaded()
-    measure = _scoring if kind == "scoring" else _sampling
-    return measure(policy, int(length), steps, meter, share)
+    if kind == "scoring":
+        return _scoring(policy, int(length), steps, meter)
+    return _sampling(policy, int(length), steps, meter, share)
 
 
-def _scoring(policy: Any, length: int, steps: int, meter: Meter, share: bool) -> Measurement:
+def _scoring(policy: Any, length: int, steps: int, meter: Meter) -> Measurement:
     import torch
 
     losses, norms = [], []
