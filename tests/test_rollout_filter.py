@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mmalign.core.advantages import dr_grpo
 from mmalign.data.loading import DataOptions, load_rows
 from mmalign.errors import ConfigError, DataError
+from mmalign.stage_kinds import groups
 from mmalign.stage_kinds import rollout_filter as module
 from mmalign.stage_kinds.records import save_records
 from mmalign.stage_kinds.rollout_filter import RolloutFilterOptions, judge
@@ -91,7 +92,7 @@ def test_what_the_rows_lack_is_named(tmp_path: Path) -> None:
 
 def test_a_killed_stage_goes_on_at_the_next_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = samples(tmp_path / "data", {g: [g % 2, 1] for g in range(12)})
-    monkeypatch.setattr(module, "ROWS_PER_CHUNK", 8)
+    monkeypatch.setattr(groups, "ROWS_PER_CHUNK", 8)
     whole, _ = run(tmp_path / "whole", data, mode="mixed")
     calls: list[int] = []
     original = module.judge

@@ -11,6 +11,7 @@ import pytest
 from mmalign.core.seeding import derive_seed
 from mmalign.data.loading import DataOptions, load_rows
 from mmalign.errors import MmalignError
+from mmalign.stage_kinds import groups
 from mmalign.stage_kinds import select as module
 from mmalign.stage_kinds.records import save_records
 from mmalign.stages import make_plan, run_plan
@@ -58,7 +59,7 @@ def test_order_of_rows_and_size_of_chunks_change_nothing(tmp_path: Path, monkeyp
     scores = {g: [float((5 * i + g) % 7) for i in range(6)] for g in range(5)}
     data = samples(tmp_path / "data", scores)
     whole, _ = run(tmp_path / "a", data, **REJECTION)
-    monkeypatch.setattr(module, "ROWS_PER_CHUNK", 6)
+    monkeypatch.setattr(groups, "ROWS_PER_CHUNK", 6)
     chunked, metrics = run(tmp_path / "b", data, **REJECTION)
     assert chunked == whole
     assert metrics["candidates"] == 30
@@ -118,7 +119,7 @@ def test_a_killed_stage_goes_on_at_the_first_chunk_not_written(tmp_path: Path, m
     scores = {g: [float((3 * i + g) % 11) for i in range(6)] for g in range(6)}
     data = samples(tmp_path / "data", scores)
     expected, _ = run(tmp_path / "whole", data, **REJECTION)
-    monkeypatch.setattr(module, "ROWS_PER_CHUNK", 12)
+    monkeypatch.setattr(groups, "ROWS_PER_CHUNK", 12)
     seen: list[int] = []
     own = module.Selector.select
 

@@ -26,7 +26,7 @@ from mmalign.checks.rows import (
 from mmalign.config import Options, bind, parse
 from mmalign.data.assets import is_asset
 from mmalign.data.chat import TextEncoding
-from mmalign.data.columns import is_messages
+from mmalign.data.columns import is_messages, prompt_text
 from mmalign.data.loading import DataOptions, load_rows
 from mmalign.errors import ConfigError, MmalignError
 from mmalign.methods.registry import METHODS, Method
@@ -242,8 +242,8 @@ class StageCheck:
     def _leak(self, rows: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:
         if self.method is None or self.method.modality != "text":
             return  # captions of a closed vocabulary are shared on purpose
-        known = {repr(row.get("prompt")) for row in rows}
-        shared = sum(repr(row.get("prompt")) in known for row in held_out if row.get("prompt") is not None)
+        known = {prompt_text(row.get("prompt")) for row in rows}
+        shared = sum(prompt_text(row.get("prompt")) in known for row in held_out if row.get("prompt") is not None)
         if shared:
             self.findings.warn(f"{self.prefix}evaluation.data: {shared} of {len(held_out)} held-out prompts are in the "
                                "training data")

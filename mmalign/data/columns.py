@@ -147,6 +147,14 @@ def is_messages(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
 
 
+def prompt_text(prompt: Any) -> str:
+    """What a prompt says, the same for text and for a single user message, outer whitespace left out."""
+    if is_messages(prompt):
+        turns = [(str(message.get("role")), str(message.get("content")).strip()) for message in prompt]
+        return turns[0][1] if len(turns) == 1 and turns[0][0] == "user" else "\n".join(f"{role}: {text}" for role, text in turns)
+    return str(prompt).strip()
+
+
 def check_messages(value: Any, *, column: str) -> list[Message]:
     """``value`` as clean messages; raises DataError for an empty list, a missing or unknown role.
 

@@ -119,20 +119,28 @@ def state_key(state: dict[str, Number], how: StateKey = "values") -> tuple[str, 
     return tuple(sorted(canonical_number(value) for value in state.values()))
 
 
-def _parse(text: str) -> list[tuple[str, str, ast.expr]]:
+def parse_bounded(text: str) -> tuple[str, ast.Module]:
+    """The source without surrounding space, and its tree; raises ProgramError for bad syntax, or more text or statements than
+    the bounds."""
     if len(text) > MAX_CHARACTERS:
         raise ProgramError(f"{len(text)} characters; a program has at most {MAX_CHARACTERS}")
+    source = text.strip()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a model writes may be odd: 3t, "is" with a number
-            tree = ast.parse(text.strip())
+            tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ProgramError(f"not a program: {error}") from None
     if len(tree.body) > MAX_STATEMENTS:
         raise ProgramError(f"{len(tree.body)} statements; a program has at most {MAX_STATEMENTS}")
+    return source, tree
+
+
+def _parse(text: str) -> list[tuple[str, str, ast.expr]]:
+    whole, tree = parse_bounded(text)
     found = []
     for node in tree.body:
-        source = (ast.get_source_segment(text.strip(), node) or "").strip()
+        source = (ast.get_source_segment(whole, node) or "").strip()
         if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name):
             raise ProgramError(f"{source.partition(chr(10))[0]!r}: only assignments to one name are allowed")
         _check(node.value, source, 0)

@@ -12,7 +12,7 @@ from torch import nn
 from mmalign.config import Options
 from mmalign.core.seeding import derive_seed
 from mmalign.core.supervised import SUPERVISED_LOSSES
-from mmalign.data.columns import is_messages
+from mmalign.data.columns import prompt_text
 from mmalign.data.loading import DataOptions
 from mmalign.data.preference import column_names
 from mmalign.errors import ConfigError, DataError
@@ -194,14 +194,6 @@ def _shape(context: BuildContext, rows: int, *, key: str) -> BatchShape:
         raise ConfigError(f"{key}: {rows} must be positive and divide over {world} processes")
     forward = min(context.shape.examples_per_forward, rows // world)
     return BatchShape(rows, forward, -(-(rows // world) // forward), world)
-
-
-def prompt_text(prompt: Any) -> str:
-    """What a prompt says, the same for text and for a single user message, outer whitespace left out."""
-    if is_messages(prompt):
-        turns = [(str(message.get("role")), str(message.get("content")).strip()) for message in prompt]
-        return turns[0][1] if len(turns) == 1 and turns[0][0] == "user" else "\n".join(f"{role}: {text}" for role, text in turns)
-    return str(prompt).strip()
 
 
 def check_held_out(rows: Sequence[Mapping[str, Any]], training: Iterable[Sequence[Mapping[str, Any]]]) -> None:

@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from mmalign.errors import DataError, RewardError
-from mmalign.logic.bleu import token_bleu
 from mmalign.logic.equivalence import MAX_BINDINGS, MAX_LITERALS, TooManyLiterals, logical_equivalence
 from mmalign.logic.formula import Formula, atoms
 from mmalign.logic.parser import FormulaError, formula_tokens, parse, try_parse
@@ -19,6 +18,7 @@ from mmalign.logic.tasks import FORMULA_MARK
 from mmalign.logic.verdict import Answer, decide, with_symbols_of
 from mmalign.rewards.registry import reward
 from mmalign.rewards.text import completion_text, nonempty
+from mmalign.rewards.text_metrics import token_bleu
 
 Symbols = Literal["exact", "nearest"]
 

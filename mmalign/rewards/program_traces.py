@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import ast
 import math
-import warnings
 from collections.abc import Sequence
 
-from mmalign.data.straight_line import MAX_BITS, MAX_CHARACTERS, MAX_STATEMENTS, Number, ProgramError, Trace
+from mmalign.data.straight_line import MAX_BITS, Number, ProgramError, Trace, parse_bounded
 from mmalign.rewards.sandbox import Sandbox
 
 MODULES = frozenset({"math", "fractions", "decimal", "statistics", "itertools", "functools", "collections", "datetime", "re"})
@@ -43,19 +42,8 @@ def statements_of(text: str) -> tuple[str, ...]:
     attributes that lead out of the program (``eval``, ``__class__``, frames): not for safety, which the sandbox gives, but so
     that a program cannot write its own trace.
     """
-    if len(text) > MAX_CHARACTERS:
-        raise ProgramError(f"{len(text)} characters; a program has at most {MAX_CHARACTERS}")
-    source = text.strip()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(source)
-            nodes = list(ast.walk(tree))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ProgramError(f"not a program: {error}") from None
-    if len(tree.body) > MAX_STATEMENTS:
-        raise ProgramError(f"{len(tree.body)} statements; a program has at most {MAX_STATEMENTS}")
-    for node in nodes:
+    source, tree = parse_bounded(text)
+    for node in ast.walk(tree):
         _check(node)
     return tuple((ast.get_source_segment(source, node) or "").strip() for node in tree.body)
 

@@ -15,7 +15,7 @@ from mmalign.data.concatenation import column
 from mmalign.data.loading import DataOptions, load_rows
 from mmalign.data.mixture import mixture_weights
 from mmalign.errors import ConfigError, DataError
-from mmalign.stage_kinds.records import Chunk, write_in_chunks
+from mmalign.stage_kinds.records import as_they_are, write_in_chunks
 from mmalign.stages import StageContext, StageResult, stage
 
 Row = Mapping[str, Any]
@@ -111,12 +111,8 @@ def mix(options: MixOptions, context: StageContext) -> StageResult:
     if options.shuffle:
         random.Random(derive_seed(context.seed, "data", "mix", "order")).shuffle(order)
     columns = _columns(options, loaded, counts)
-    data, numbers = write_in_chunks(context, MixedRows(loaded, order, columns), _as_they_are)
+    data, numbers = write_in_chunks(context, MixedRows(loaded, order, columns), as_they_are)
     return StageResult({"data": str(data), "folder": str(context.folder)}, {"rows": numbers["rows"], **metrics})
-
-
-def _as_they_are(rows: list[dict[str, Any]], chunk: range) -> Chunk:
-    return rows, {}
 
 
 def _loaded_counts(options: MixOptions) -> list[int | None]:

@@ -30,6 +30,15 @@ Chunk = tuple[list[dict[str, Any]], dict[str, float]]
 """Rows that a chunk became, and numbers that are summed over chunks."""
 
 
+class NoRowsError(DataError):
+    """A stage is left without a single row."""
+
+
+def as_they_are(rows: list[dict[str, Any]], chunk: range) -> Chunk:
+    """Rows that a stage has chosen already."""
+    return rows, {}
+
+
 def write_in_chunks(
     context: StageContext, rows: Sequence[Mapping[str, Any]], make: Callable[[list[dict[str, Any]], range], Chunk], *,
     size: int = ROWS_PER_CHUNK,
@@ -37,7 +46,7 @@ def write_in_chunks(
     """Turn ``rows`` into a data set on disk, ``size`` rows in memory at a time; chunks already written are kept.
 
     ``make`` gets the rows of a chunk and their positions. Returns the folder of the data set and the summed numbers, with
-    ``rows`` among them. Raises DataError when no row is left.
+    ``rows`` among them. Raises NoRowsError when no row is left.
     """
     data, parts = context.folder / "data", context.folder / "parts"
     chunks = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
@@ -58,7 +67,7 @@ def write_in_chunks(
             bar.update(block.stop, {})
     folders = [parts / f"block-{index:06d}" for index in range(len(blocks))]
     if not any((folder / "data").exists() for folder in folders):
-        raise DataError(f"stage {context.name}: no row is left of the {len(rows)} that data.path gave")
+        raise NoRowsError(f"stage {context.name}: no row is left of the {len(rows)} that data.path gave")
     totals = _totals(folders)
     _save_joined(folders, data)
     shutil.rmtree(parts, ignore_errors=True)

@@ -16,8 +16,8 @@ from mmalign.config import Options
 from mmalign.core.advantages import group_filter
 from mmalign.data.loading import DataOptions, load_rows
 from mmalign.errors import ConfigError, DataError, RewardError
-from mmalign.stage_kinds.records import ROWS_PER_CHUNK, Chunk, sample_column, write_in_chunks
-from mmalign.stage_kinds.select import Groups
+from mmalign.stage_kinds.groups import Groups, write_by_group
+from mmalign.stage_kinds.records import Chunk, NoRowsError, sample_column
 from mmalign.stages import StageContext, StageResult, stage
 from mmalign.training.checkpoint import write_json
 
@@ -80,12 +80,9 @@ def rollout_filter(options: RolloutFilterOptions, context: StageContext) -> Stag
             records += as_rows(item["rows"], kept, rate, options)
         return records, numbers
 
-    size = max(1, ROWS_PER_CHUNK * len(groups) // len(rows))
     try:
-        data, numbers = write_in_chunks(context, groups, choose, size=size)  # type: ignore[arg-type]
-    except DataError as error:
-        if "no row is left" not in str(error):
-            raise
+        data, numbers = write_by_group(context, groups, choose)
+    except NoRowsError:
         histogram = read_bins(context.folder / "parts")
         raise DataError(f"data.path: no prompt is left of {len(groups)}: mode {options.mode} with threshold {options.threshold} "
                         f"and max_pass_rate {options.max_pass_rate}. Prompts by pass rate: {describe(histogram)}. Sample more "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +16,8 @@ from mmalign.core.selection import PAIRINGS, best_of_group, best_worst_pair, mak
 from mmalign.data.loading import DataOptions, load_rows
 from mmalign.errors import ConfigError, DataError
 from mmalign.rewards.ranking import LanguageModelRanker, PairwiseRanker, pairwise_scores
-from mmalign.stage_kinds.records import ROWS_PER_CHUNK, Chunk, sample_column, sample_in, write_in_chunks
+from mmalign.stage_kinds.groups import Groups, write_by_group
+from mmalign.stage_kinds.records import Chunk, NoRowsError, as_they_are, sample_column, sample_in, write_in_chunks
 from mmalign.stages import StageContext, StageResult, stage
 
 Row = dict[str, Any]
@@ -77,30 +78,6 @@ class SelectOptions(Options):
             raise ValueError(f"tie_break: decides between equal scores in mode best, not {self.mode}; leave it out")
         if self.chosen_rank < 2:
             raise ValueError(f"chosen_rank must be at least 2 (1 is the gold response), not {self.chosen_rank}")
-
-
-class Groups:
-    """A data set seen as a sequence of prompts: item i is ``{"rows": [...]}``, read from disk when asked for."""
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-        column = rows.with_format("numpy")["group"][:] if hasattr(rows, "with_format") else [row["group"] for row in rows]
-        _, first, inverse = np.unique(np.asarray(column), return_index=True, return_inverse=True)
-        place = np.empty(len(first), dtype=np.int64)
-        place[np.argsort(first)] = np.arange(len(first))  # groups in the order of their first rows
-        groups = place[inverse.reshape(-1)]
-        self.order = np.argsort(groups, kind="stable")
-        self.ends = np.cumsum(np.bincount(groups, minlength=len(first)))
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        return (self[i] for i in range(len(self)))
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        start = self.ends[index - 1] if index else 0
-        return {"rows": [dict(self.rows[int(i)]) for i in self.order[start : self.ends[index]]]}
 
 
 @dataclass
@@ -241,12 +218,9 @@ def select(options: SelectOptions, context: StageContext) -> StageResult:
         records = [record for item in items for record in selector.select(item["rows"])]
         return records, selector.numbers
 
-    size = max(1, ROWS_PER_CHUNK * len(groups) // len(rows))
     try:
-        data, numbers = write_in_chunks(context, groups, choose, size=size)  # type: ignore[arg-type]
-    except DataError as error:
-        if "no row is left" not in str(error):
-            raise
+        data, numbers = write_by_group(context, groups, choose)
+    except NoRowsError:
         raise DataError("data.path: no row is left: in every group all samples have the same score (or too few have one); "
                         "sample more completions_per_prompt, or use a reward that tells them apart") from None
     return StageResult({"data": str(data), "folder": str(context.folder)}, _metrics(numbers, len(groups)))
@@ -271,7 +245,7 @@ def _top_k(options: SelectOptions, rows: Any, context: StageContext) -> StageRes
         raise ConfigError("k: no row has a score")
     kept = sorted(top_k_indices(scores.nan_to_num(nan=-math.inf), min(options.k, known)).tolist())
     chosen = rows.select(kept) if hasattr(rows, "select") else [rows[i] for i in kept]
-    data, numbers = write_in_chunks(context, chosen, lambda items, _: (items, {}))
+    data, numbers = write_in_chunks(context, chosen, as_they_are)
     return StageResult({"data": str(data), "folder": str(context.folder)},
                        {"rows": numbers["rows"], "share": numbers["rows"] / len(rows)})
 

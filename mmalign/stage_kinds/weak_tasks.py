@@ -18,7 +18,7 @@ from mmalign.core.selection import kept_count
 from mmalign.data.concatenation import column
 from mmalign.data.loading import DataOptions, load_rows
 from mmalign.errors import ConfigError, DataError
-from mmalign.stage_kinds.records import Chunk, write_in_chunks
+from mmalign.stage_kinds.records import as_they_are, write_in_chunks
 from mmalign.stages import StageContext, StageResult, stage
 from mmalign.training.checkpoint import write_json
 
@@ -64,17 +64,13 @@ def weak_tasks(options: WeakTasksOptions, context: StageContext) -> StageResult:
                         f"{', '.join(sorted(counts))}")
     chosen = [index for index, name in enumerate(names) if name in weak]
     kept = rows.select(chosen) if hasattr(rows, "select") else [rows[index] for index in chosen]
-    data, numbers = write_in_chunks(context, kept, _as_they_are)
+    data, numbers = write_in_chunks(context, kept, as_they_are)
     write_json(context.folder / "capabilities.json", {"scores": scores, "weak": weak, "rows": dict(counts)})
     metrics = {"rows": numbers["rows"], "weak": float(len(weak)), "tasks": float(len(scores))}
     metrics |= {f"score/{task}": value for task, value in scores.items()} | {f"weak/{task}": 1.0 for task in weak}
     if not context.quiet:
         Console(stderr=True).print(_table(scores, weak, counts, context.name))
     return StageResult({"data": str(data), "folder": str(context.folder)}, metrics, {"weak": weak})
-
-
-def _as_they_are(rows: list[dict[str, Any]], chunk: range) -> Chunk:
-    return rows, {}
 
 
 def task_scores(folder: str, measure: str | None) -> dict[str, float]:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from interrupted_runs import kill_at, records
 from mmalign.data.assets import asset_path
 from mmalign.hub.fresh import load_in_fresh_process
 from mmalign.methods.registry import METHODS
 from mmalign.methods.training import prepare_training
 from mmalign.stages import load_plan, run_plan
-from mmalign.training.loop import Loop
 from mmalign.training.tracking import read_metrics
 
 CONFIG_FOLDERS = {"text": "text", "diffusion": "diffusion"}
@@ -50,29 +50,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def deterministic(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if "seconds" not in k and k != "examples_per_second"} for r in records]
-
-
-class Killed(BaseException):
-    """Stands for a kill in the middle of a run."""
-
-
 @pytest.mark.parametrize("name", METHOD_CONFIGS)
 def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(name: str, root: Path, tmp_path: Path, monkeypatch: Any) -> None:
     whole = run_plan(plan(root, name, tmp_path / "whole", "steps=4"), quiet=True)
-    original, calls = Loop.update, []
-
-    def interrupted(self: Loop, update: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise Killed
-        return original(self, update)
-
-    monkeypatch.setattr(Loop, "update", interrupted)
-    with pytest.raises(Killed):
-        run_plan(plan(root, name, tmp_path / "parts", "steps=4"), quiet=True)
-    monkeypatch.setattr(Loop, "update", original)
+    kill_at(3, lambda: run_plan(plan(root, name, tmp_path / "parts", "steps=4"), quiet=True), monkeypatch)
     assert not (tmp_path / "parts" / "model").exists()
     resumed = run_plan(plan(root, name, tmp_path / "parts", "steps=4"), quiet=True)
     manifest = next(iter(resumed.values()))
@@ -81,7 +62,7 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(name: str, root
     assert expected.keys() == found.keys()
     for key, tensor in expected.items():
         assert torch.equal(tensor, found[key]), key
-    logs = [deterministic(read_metrics(tmp_path / part / "metrics.jsonl")) for part in ("whole", "parts")]
+    logs = [records(tmp_path / part) for part in ("whole", "parts")]
     assert logs[0] == logs[1]
     norms = [[value for key, value in record.items() if key.startswith("grad_norm")] for record in logs[0]]
     assert all(norms)

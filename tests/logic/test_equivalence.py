@@ -11,7 +11,6 @@ from formulas import propositions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmalign.logic.bleu import token_bleu
 from mmalign.logic.equivalence import (
     MAX_BINDINGS,
     MAX_LITERALS,
@@ -23,6 +22,7 @@ from mmalign.logic.equivalence import (
 )
 from mmalign.logic.formula import Atom, Binary, Not, atoms
 from mmalign.logic.parser import formula_tokens, parse
+from mmalign.rewards.text_metrics import token_bleu
 
 
 def le(gold, predicted, **options):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from prepared_runs import rollout_tree
 
+from interrupted_runs import kill_at, records
+from mmalign.data.columns import prompt_text
 from mmalign.errors import ConfigError, DataError, MmalignError
-from mmalign.methods.mixing import check_held_out, compared_patterns, prompt_text
+from mmalign.methods.mixing import check_held_out, compared_patterns
 from mmalign.stages import load_plan, run_plan
-from mmalign.training.loop import Loop
 
 BATCH = {"prompts_per_rollout": 4, "completions_per_prompt": 2}
 HELD_OUT = {"data": {"path": "asset:arithmetic", "split": "test", "limit": 8}, "prompts": 4}
@@ -232,26 +233,9 @@ def test_killed_between_two_looks_it_resumes_bit_for_bit(root: Path, tmp_path: P
         return load_plan(root / "configs/text/amft.yaml", changes, run_dir=str(tmp_path / name))
 
     run_plan(plan("whole"), quiet=True)
-    original, calls = Loop.update, []
-
-    class Killed(BaseException):
-        pass
-
-    def interrupted(self: Loop, update: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 5:
-            raise Killed
-        return original(self, update)
-
-    monkeypatch.setattr(Loop, "update", interrupted)
-    with pytest.raises(Killed):
-        run_plan(plan("parts"), quiet=True)
-    monkeypatch.setattr(Loop, "update", original)
+    kill_at(5, lambda: run_plan(plan("parts"), quiet=True), monkeypatch)
     run_plan(plan("parts"), quiet=True)
-    found = []
-    for name in ("whole", "parts"):
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        found.append([{k: v for k, v in line.items() if "second" not in k} for line in lines])
+    found = [records(tmp_path / name) for name in ("whole", "parts")]
     assert found[0] == found[1]
     assert sum("mixing/meta_gradient" in line for line in found[0]) == 2
     assert len({line["mu"] for line in found[0]}) == 7  # one of the warm-up, and another after every update

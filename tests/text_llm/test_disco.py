@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ import prepared_runs
 import pytest
 from prepared_runs import rollout_tree
 
+from interrupted_runs import kill_at, records
 from mmalign.errors import ConfigError, RewardError
 from mmalign.stages import load_plan, run_plan
-from mmalign.training.loop import Loop
 from mmalign.training.objective import UpdateBatch
 from text_llm.rl.disco import DiscoLossOptions
 
@@ -75,26 +74,10 @@ def test_killed_between_two_rollouts_it_resumes_bit_for_bit(root: Path, tmp_path
         return load_plan(root / "configs/text/disco.yaml", ["steps=7", "checkpoint.every=1"], run_dir=str(tmp_path / name))
 
     run_plan(plan("whole"), quiet=True)
-    original, calls = Loop.update, []
-
-    class Killed(BaseException):
-        pass
-
-    def interrupted(self: Loop, update: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 4:  # the resumed run trains the last rows of one rollout and then makes another
-            raise Killed
-        return original(self, update)
-
-    monkeypatch.setattr(Loop, "update", interrupted)
-    with pytest.raises(Killed):
-        run_plan(plan("parts"), quiet=True)
-    monkeypatch.setattr(Loop, "update", original)
+    # the resumed run trains the last rows of one rollout and then makes another
+    kill_at(4, lambda: run_plan(plan("parts"), quiet=True), monkeypatch)
     run_plan(plan("parts"), quiet=True)
-    found = []
-    for name in ("whole", "parts"):
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        found.append([{k: v for k, v in line.items() if "second" not in k} for line in lines])
+    found = [records(tmp_path / name) for name in ("whole", "parts")]
     assert found[0] == found[1]
     assert len({line["reward"] for line in found[0]}) == 2
     assert any(line.get("kl/gate", 0) > 0 for line in found[0])

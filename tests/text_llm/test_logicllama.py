@@ -12,6 +12,7 @@ import torch
 from prepared_runs import prepared
 from word_llama import build_word_llama
 
+from interrupted_runs import kill_at
 from mmalign.data.fol_corpus import make_fol_corpus
 from mmalign.errors import ConfigError, DataError
 from mmalign.logic.tasks import following_row, make_answer
@@ -102,7 +103,6 @@ def test_a_prompt_that_leaves_no_room_ends_the_turns() -> None:
 
 
 def test_training_runs_with_turns_and_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmalign.training.loop import Loop
     from text_llm.rl import fol_correction
 
     monkeypatch.setattr(fol_correction, "following_row", goes_on)
@@ -116,18 +116,7 @@ def test_training_runs_with_turns_and_resumes_bit_for_bit(tmp_path: Path, monkey
         return load_file(folder / "model" / "model.safetensors")
 
     expected = run(tmp_path / "whole")
-    original, calls = Loop.update, []
-
-    def interrupted(self: Loop, update: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(self, update)
-
-    monkeypatch.setattr(Loop, "update", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "parts")
-    monkeypatch.setattr(Loop, "update", original)
+    kill_at(4, lambda: run(tmp_path / "parts"), monkeypatch)
     found = run(tmp_path / "parts")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 

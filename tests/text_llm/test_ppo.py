@@ -13,6 +13,7 @@ import torch
 from prepared_runs import rollout_tree
 from torch import Tensor
 
+from interrupted_runs import kill_at, records
 from mmalign.data.assets import asset_path
 from mmalign.data.rows import Rows
 from mmalign.errors import ConfigError
@@ -20,7 +21,6 @@ from mmalign.policies.causal_lm import CausalLMPolicy
 from mmalign.policies.loading import ModelOptions
 from mmalign.policies.value import SeparateValue, SharedValue, ValueOptions, make_value
 from mmalign.stages import load_plan, make_plan, run_plan
-from mmalign.training.loop import Loop
 from mmalign.training.objective import TrainState, UpdateBatch
 
 MODEL = ModelOptions(path="asset:tiny_llama", device="cpu")
@@ -205,26 +205,10 @@ def test_killed_between_two_rollouts_it_resumes_bit_for_bit(kind: str, root: Pat
         return load_plan(root / "configs/text/ppo.yaml", overrides, run_dir=str(tmp_path / name))
 
     run_plan(plan("whole"), quiet=True)
-    original, calls = Loop.update, []
-
-    class Killed(BaseException):
-        pass
-
-    def interrupted(self: Loop, update: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 4:  # the fifth update starts the second rollout, with the values and coefficient of a resumed run
-            raise Killed
-        return original(self, update)
-
-    monkeypatch.setattr(Loop, "update", interrupted)
-    with pytest.raises(Killed):
-        run_plan(plan("parts"), quiet=True)
-    monkeypatch.setattr(Loop, "update", original)
+    # the fifth update starts the second rollout, with the values and coefficient of a resumed run
+    kill_at(4, lambda: run_plan(plan("parts"), quiet=True), monkeypatch)
     run_plan(plan("parts"), quiet=True)
-    found = []
-    for name in ("whole", "parts"):
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        found.append([{k: v for k, v in line.items() if "second" not in k} for line in lines])
+    found = [records(tmp_path / name) for name in ("whole", "parts")]
     assert found[0] == found[1]
     assert len({line["kl/coef"] for line in found[0]}) == 2
 
